@@ -1,0 +1,62 @@
+# An interpreter run from here must not find ./kernels under its bare name.
+export PYTHONSAFEPATH := 1
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-gpu lint type fmt bench ci clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## make .venv and install the project into it, C++ library included
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt \
+		torch 'setuptools>=77' wheel 'cmake>=3.25' ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/uv pip install --quiet --python $(BIN)/python \
+		-c constraints.txt --no-build-isolation --reinstall-package maect-fast -e '.[dev]'
+	@$(BIN)/python -c "from maect_fast.kernels._common import cpp; print('C++ library:', cpp.status())"
+	@touch $@
+
+demo: install ## tune a model on real digits, about four CPU minutes, and show what it gained
+	$(BIN)/maect-fast demo
+
+test: install ## the tests, without those marked slow
+	$(BIN)/python -m pytest -x -q -m "not slow"
+
+test-slow: install ## the tests marked slow: packaging, long runs
+	$(BIN)/python -m pytest -x -q -m slow
+
+test-gpu: install ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -x -q -m gpu
+
+lint: install ## check style: ruff, clang-format, codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/codespell
+
+type: install ## check types: mypy, strict
+	$(BIN)/mypy
+
+fmt: install ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: install ## time every op of this machine beside its peers
+	PYTHONSAFEPATH= $(BIN)/python -m benchmarks
+
+ci: lint type test ## everything that a change must pass
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info kernels/_C.so .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+	rm -f $(INSTALLED)

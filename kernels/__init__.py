@@ -1,0 +1,1 @@
+"""Compiled ops: masked_attention, queue_topk, info_nce."""

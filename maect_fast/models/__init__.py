@@ -1,0 +1,1 @@
+"""The networks: encoder, MAE decoder, NNCLR head, and the three stages' models."""

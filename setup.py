@@ -1,0 +1,71 @@
+"""Build of the C++ op library and the package mapping; the metadata is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CPP = "maect_fast.kernels._C"
+KERNELS = ["maect_fast.kernels", *(f"maect_fast.kernels.{p}" for p in find_packages("kernels"))]
+
+
+class CMakeBuild(build_ext):
+    """Build the library with CMake, or go on without it and say so."""
+
+    def get_ext_filename(self, fullname):
+        """The library holds no Python, so its name carries no Python version."""
+        return f"{fullname.replace('.', os.sep)}.so"
+
+    def build_extension(self, ext):
+        """A missing library is no error: the references take its place."""
+        reason = self.build_library(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+        if reason:
+            print(f"maect-fast: going on without the C++ library: {reason}", file=sys.stderr)
+
+    def build_library(self, destination):
+        """Return None, or why there is no library."""
+        if os.environ.get("MAECT_FAST_CPP") == "0":
+            return "MAECT_FAST_CPP=0"
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            return "torch is not there at build time; install torch, then use --no-build-isolation"
+        build = Path(self.build_temp).resolve()
+        for command in (
+            ["cmake", "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"],
+            ["cmake", "--build", build],
+            ["cmake", "--install", build, "--prefix", destination],
+        ):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            except FileNotFoundError:
+                return "cmake is not there (pip install cmake)"
+            if done.returncode:
+                lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+                return f"{' '.join(map(str, command[:2]))} failed:\n" + "\n".join(lines[-20:])
+        return None
+
+    def get_outputs(self):
+        """Only what was built belongs into the wheel."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and every Python 3."""
+
+    def get_tag(self):
+        """Python- and ABI-independent, but not platform-independent."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=sorted({*find_packages(include=["maect_fast", "maect_fast.*"]), *KERNELS}),
+    package_dir={"maect_fast.kernels": "kernels"},
+    ext_modules=[Extension(CPP, sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)
