@@ -210,7 +210,7 @@ class Config:
     """CPU threads for torch; None leaves torch's choice."""
     log_every: int = 20
     """Updates between two lines of metrics."""
-    checkpoint_every: int = 1
+    checkpoint_every: int = 10
     """Epochs between two checkpoints that are kept; the last epoch is always saved."""
     save_minutes: float = 10.0
     """Minutes between two saves of the checkpoint from which the run would resume."""

@@ -1,7 +1,7 @@
 """Philox4x32-10, the counter-based generator behind every random choice of this project.
 
-A draw is a pure function of (seed, counter): grid, block size, device, number of workers and number of
-ranks do not enter. Integer arithmetic on int64 tensors, so it runs on every device torch has.
+A draw is a pure function of (seed, counter): grid, block size, device, number of workers and number
+of ranks do not enter. Integer arithmetic on int64 tensors, so it runs on every device torch has.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); known answers from
 DEShawResearch/random123: tests/kat_vectors.
@@ -28,16 +28,16 @@ def philox4x32(
     """Four 32-bit words per counter.
 
     Args:
-        key: two words; ints or integer tensors that broadcast with the counter. Only the low 32 bits count.
+        key: two words; ints or integer tensors that broadcast with the counter. Only the low 32
+            bits of each count.
         counter: four words, alike.
 
     Returns:
         Four int64 tensors with values in [0, 2**32), of the broadcast shape.
     """
     device = next((w.device for w in (*counter, *key) if isinstance(w, Tensor)), None)
-    k0, k1, c0, c1, c2, c3 = torch.broadcast_tensors(
-        *(torch.as_tensor(w, dtype=torch.int64, device=device) & MASK32 for w in (*key, *counter))
-    )
+    words = [_word(word, device) for word in (*key, *counter)]
+    k0, k1, c0, c1, c2, c3 = torch.broadcast_tensors(*words)  # type: ignore[no-untyped-call]
     for _ in range(ROUNDS):
         # The int64 products wrap; their low and high halves are the unsigned ones all the same.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
@@ -49,6 +49,14 @@ def philox4x32(
         )
         k0, k1 = (k0 + WEYL[0]) & MASK32, (k1 + WEYL[1]) & MASK32
     return c0, c1, c2, c3
+
+
+def _word(word: Word, device: torch.device | None) -> Tensor:
+    """The low 32 bits as an int64 tensor on `device`."""
+    if isinstance(word, Tensor):
+        return word.to(device, torch.int64) & MASK32
+    # full, not as_tensor: a fill needs no copy from the host, so it is legal in a CUDA graph.
+    return torch.full((), word & MASK32, dtype=torch.int64, device=device)
 
 
 def philox_uniform(seed: Word, counter: tuple[Word, Word, Word, Word]) -> Tensor:

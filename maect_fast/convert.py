@@ -1,0 +1,184 @@
+"""Other people's encoders in and out.
+
+Read: ml-jku/MAE-CT's `.th`, facebookresearch/mae's `.pth`, timm's files, safetensors, and
+checkpoints that hold such an encoder somewhere inside (MSN's `target_encoder`, MoCo v3's
+`base_encoder`, iBOT's `state_dict`, a whole model's `encoder.`). All use the same names within the
+encoder; they differ in what surrounds it and in `pos_embed`.
+"""
+
+import argparse
+import pickle
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from maect_fast.models.encoder import Encoder
+
+__all__ = ["export_timm", "load_encoder"]
+
+# The parameter that every encoder has, by which it is found within a file.
+ANCHOR = "patch_embed.proj.weight"
+# Where a file holds several encoders, the one whose features are meant: MSN's, MoCo v3's, our EMA.
+PREFERRED = ("target_encoder", "base_encoder", "encoder_ema")
+# Extra parameters under these names would change the encoder's function, so they are never dropped.
+ENCODER_NAMES = (
+    "blocks.",
+    "patch_embed.",
+    "norm.",
+    "norm_pre.",
+    "cls_token",
+    "reg_token",
+    "dist_token",
+)
+
+
+def load_encoder(encoder: Encoder, source: str | Path | Mapping[str, Any]) -> list[str]:
+    """Fill the encoder with the weights of a file.
+
+    `pos_embed` may have a row for the class token, which is added into `cls_token`, and another
+    grid, from which it is resampled bicubically without antialiasing. Without one, the encoder's
+    fixed positions stay.
+
+    Args:
+        encoder: changed in place.
+        source: a `.safetensors` file, a file for `torch.load` (read with `weights_only=True`), or
+            what it holds.
+
+    Returns:
+        Lines that say where the encoder was found, what was changed on the way, and which names
+        were missing in the source or had no use here.
+
+    Raises:
+        ValueError: the source holds no encoder, or one of other sizes or with other layers; the
+            message names the parameters.
+    """
+    name = "a state dict" if isinstance(source, Mapping) else str(source)
+    content = source if isinstance(source, Mapping) else _read(Path(source))
+    where, weights = _find_encoder(content, name)
+    lines = [f"encoder from {where}"]
+    own = encoder.state_dict()
+    missing, dropped = _compare(own, weights, where)
+    state = {key: value for key, value in weights.items() if key in own}
+    if "pos_embed" in state:
+        state |= _adapt_positions(state, encoder.grid_size, lines)
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise ValueError(
+                f"{where}: {key} is {list(value.shape)}, this encoder ({encoder.config.name}) "
+                f"needs {list(own[key].shape)}"
+            )
+    encoder.load_state_dict(own | state)
+    if missing:
+        lines.append(f"missing there, kept as it was: {_summary(missing)}")
+    if dropped:
+        lines.append(f"there, but not used: {_summary(dropped)}")
+    return lines
+
+
+def export_timm(encoder: Encoder, *, class_row: bool = True) -> dict[str, Tensor]:
+    """State dict of timm's (and facebookresearch/mae's) ViT without a classifier.
+
+    Args:
+        encoder: what to export.
+        class_row: True prepends the zero row for the class token that timm's ViTs expect in
+            `pos_embed` ([1, 1 + L, D]); False is for models that were built with
+            `no_embed_class=True` ([1, L, D]).
+    """
+    state = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
+    if class_row:
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+    return state
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """What the file holds; of objects only a checkpoint's command-line arguments pass."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path}: holds more than tensors, and reading it could run code; save its state "
+                "dict alone with torch.save"
+            ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a state dict, got a {type(content).__name__}")
+    return content
+
+
+def _find_encoder(content: Mapping[str, Any], name: str) -> tuple[str, dict[str, Tensor]]:
+    """The encoder within nested dicts and name prefixes, and a description of where it was."""
+    found = dict(_encoders(content, name))
+    if len(found) > 1:
+        preferred = {w: s for w, s in found.items() if any(p in w for p in PREFERRED)}
+        found = preferred or found
+    if len(found) != 1:
+        reason = (
+            f"{len(found)} encoders: {'; '.join(found)}" if found else f"nothing named {ANCHOR}"
+        )
+        raise ValueError(f"{name}: expected one ViT encoder, found {reason}")
+    return next(iter(found.items()))
+
+
+def _encoders(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _encoders(value, f"{where}, {key}")
+        elif isinstance(key, str) and key.endswith(ANCHOR):
+            prefix = key.removesuffix(ANCHOR)
+            weights = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
+            beside = [k for k in content if not k.startswith(prefix)]
+            yield (f"{where}, {prefix}*" if prefix else where), weights, beside
+
+
+def _compare(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: str
+) -> tuple[list[str], list[str]]:
+    """Names that the source lacks, and that it has beyond the encoder's; refuses what matters."""
+    missing = [key for key in own if key not in weights]
+    dropped = [key for key in weights if key not in own]
+    lacking = [key for key in missing if key != "pos_embed"]
+    extra = [key for key in dropped if key.startswith(ENCODER_NAMES)]
+    for keys, verb in ((lacking, "lacks"), (extra, "has, beyond this encoder,")):
+        if keys:
+            shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            raise ValueError(f"{where} {verb} {shown}")
+    return missing, dropped
+
+
+def _summary(names: Iterable[str]) -> str:
+    """The names, those below one module counted: `cls_token, decoder_blocks.* (96)`."""
+    counts = Counter(name.split(".")[0] + (".*" if "." in name else "") for name in names)
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
+
+
+def _adapt_positions(
+    state: Mapping[str, Tensor], grid_size: int, lines: list[str]
+) -> dict[str, Tensor]:
+    """`pos_embed` without a class row and on the wanted grid; `cls_token` plus that row."""
+    pos_embed, cls_token = state["pos_embed"].float(), state["cls_token"].float()
+    rows = pos_embed.shape[1]
+    if isqrt(rows) ** 2 != rows and isqrt(rows - 1) ** 2 == rows - 1:
+        class_row, pos_embed = pos_embed[:, :1], pos_embed[:, 1:]
+        if class_row.any():
+            cls_token = cls_token + class_row
+            lines.append("pos_embed: the class token's row was added into cls_token")
+    file_size = isqrt(pos_embed.shape[1])
+    if file_size**2 != pos_embed.shape[1]:
+        raise ValueError(f"pos_embed: expected the rows of a square grid, got {rows}")
+    if file_size != grid_size:
+        grid = pos_embed.transpose(1, 2).reshape(1, -1, file_size, file_size)
+        grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bicubic", antialias=False)
+        pos_embed = grid.flatten(2).transpose(1, 2)
+        lines.append(
+            f"pos_embed: resampled from {file_size}x{file_size} to {grid_size}x{grid_size}"
+        )
+    return {"pos_embed": pos_embed, "cls_token": cls_token}

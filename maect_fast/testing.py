@@ -1,0 +1,96 @@
+"""Input makers and error budgets shared by the tests and the benchmarks.
+
+Every maker takes a seed and draws on the CPU in fp32 from its own generator, so that one seed gives
+the same numbers on every device and, up to rounding, in every dtype.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["assert_within_budget", "error_budget", "random_qkv", "unit_rows"]
+
+
+def error_budget(eager: Tensor, ref64: Tensor) -> float:
+    """The largest error a kernel may have: ``2 * (max|eager - ref64| + eps * max|ref64|)``.
+
+    A kernel may be at most twice as wrong as eager PyTorch in the same dtype, each plus one
+    rounding (eps of the dtype of `eager`). Entries where `ref64` is not finite do not count.
+
+    Args:
+        eager: the computation in plain PyTorch, in the dtype of the kernel.
+        ref64: the same on the same quantised inputs promoted to fp64.
+    """
+    finite = ref64.isfinite()
+    if not finite.any():
+        return 0.0
+    expected = ref64[finite]
+    error = (eager[finite].double() - expected).abs().max()
+    return 2 * (error + torch.finfo(eager.dtype).eps * expected.abs().max()).item()
+
+
+def assert_within_budget(
+    kernel: Tensor, eager: Tensor, ref64: Tensor, *, name: str = "result"
+) -> None:
+    """Assert that `kernel` is within `error_budget(eager, ref64)` of `ref64`.
+
+    Shape and device must be those of `ref64`, the dtype that of `eager`. Entries that are not
+    finite in `ref64` (lse = -inf of a row without keys) must be exactly the same in `kernel`.
+
+    Args:
+        kernel: what is tested.
+        eager: the computation in plain PyTorch, in the dtype of the kernel.
+        ref64: the same on the same quantised inputs promoted to fp64.
+        name: how the message calls the tensor.
+    """
+    assert ref64.dtype == torch.float64, f"{name}: the reference is {ref64.dtype}, not float64"
+    found = (kernel.dtype, kernel.shape, kernel.device)
+    expected = (eager.dtype, ref64.shape, ref64.device)
+    assert found == expected, f"{name}: expected {expected}, got {found}"
+    budget = error_budget(eager, ref64)
+    assert budget < float("inf"), f"{name}: eager PyTorch is not finite, nothing to compare with"
+    finite = ref64.isfinite()
+    assert torch.equal(kernel[~finite].double(), ref64[~finite]), f"{name}: wrong at infinities"
+    if finite.any():
+        error = (kernel[finite].double() - ref64[finite]).abs().max().item()
+        assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
+
+
+def random_qkv(
+    *leading: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """Packed standard-normal q, k, v: [*leading, 3, heads, dim], contiguous.
+
+    Args:
+        leading: B, N for samples of one length; T for packed segments.
+        heads: number of heads.
+        dim: features of a head.
+        dtype: of the result.
+        device: of the result.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*leading, 3, heads, dim, generator=generator).to(device, dtype)
+
+
+def unit_rows(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """Random directions, uniform on the sphere; their norm is 1 before rounding to `dtype`.
+
+    Args:
+        shape: [..., D].
+        dtype: of the result.
+        device: of the result.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+    return rows.to(device, dtype)

@@ -1,0 +1,137 @@
+"""Every way of installing gives one working `maect_fast.kernels`, with and without C++."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+import maect_fast
+import maect_fast.kernels
+
+ROOT = Path(maect_fast.__file__).resolve().parents[1]
+
+PROBE = """
+import sys
+import maect_fast.kernels
+from maect_fast.config import load_recipe
+from maect_fast.kernels._common import cpp
+assert "kernels" not in sys.modules
+load_recipe("digits", "tune")
+print(maect_fast.kernels.__file__)
+print(cpp.load())
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """The Python of a fresh environment that sees the installed packages, except this one."""
+    folder = tmp_path / "venv"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path)
+    # A path added by a .pth file is searched, but its own .pth files, our editable install among
+    # them, are not read.
+    Path(site.strip(), "shared.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def install(python: Path, what: str | Path, *options: str, **environment: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    uv = Path(sys.executable).parent / "uv"
+    return run(
+        *(uv, "pip", "install", "-v", "--python", python, "--no-deps", "--no-build-isolation"),
+        *(*options, what),
+        cwd=python.parent,
+        **{"PATH": path, **environment},
+    )
+
+
+def probe(python: Path, cwd: Path) -> tuple[Path, str]:
+    file, library = run(python, "-c", PROBE, cwd=cwd).splitlines()
+    return Path(file), library
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what git would check out."""
+    files = run("git", "ls-files", "-coz", "--exclude-standard", cwd=ROOT).split("\0")
+    target = tmp_path / "source"
+    for name in filter(None, files):
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            path.symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).exists():
+            path.write_bytes((ROOT / name).read_bytes())
+    return target
+
+
+def test_one_name_for_the_kernels() -> None:
+    """The link and the mapping lead to the same files, and the bare name is never imported."""
+    assert Path(maect_fast.kernels.__file__).resolve() == ROOT / "kernels" / "__init__.py"
+    assert (ROOT / "maect_fast" / "kernels").is_symlink()
+    loaded = [name for name in sys.modules if name == "kernels" or name.startswith("kernels.")]
+    assert loaded == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
+def test_editable(environment: Path, source: Path, mode: str) -> None:
+    options = ("--config-settings", f"editable_mode={mode}")
+    install(environment, source, *options, "-e")
+    file, library = probe(environment, environment.parent)
+    assert library == "None"
+    assert source in file.parents or source / "kernels" in file.resolve().parents
+
+
+@pytest.mark.slow
+def test_wheel(environment: Path, source: Path, tmp_path: Path) -> None:
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path)
+    run(*build, source, cwd=tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    install(environment, wheel)
+    file, library = probe(environment, tmp_path)
+    assert library == "None"
+    assert environment.parents[1] in file.parents
+
+
+@pytest.mark.slow
+def test_sdist_without_cpp(environment: Path, source: Path, tmp_path: Path) -> None:
+    build = (sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path)
+    run(*build, source, cwd=tmp_path)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    told = install(environment, sdist, MAECT_FAST_CPP="0")
+    assert told.count("going on without the C++ library: MAECT_FAST_CPP=0") == 1
+    file, library = probe(environment, tmp_path)
+    assert "not built" in library
+    assert environment.parents[1] in file.parents
+
+
+@pytest.mark.slow
+def test_without_a_compiler(environment: Path, source: Path, tmp_path: Path) -> None:
+    """CMake is there, the compiler is not: the install succeeds and says what is missing."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cmake", "ninja"):
+        (tools / name).symlink_to(Path(sys.executable).parent / name)
+    told = install(environment, source, PATH=str(tools))
+    assert told.count("going on without the C++ library") == 1
+    assert "not built" in probe(environment, tmp_path)[1]
