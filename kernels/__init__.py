@@ -1,1 +1,26 @@
-"""Compiled ops: masked_attention, queue_topk, info_nce."""
+"""The ops, one folder each.
+
+=====================  ============================================================================
+`masked_attention`     short-sequence attention for (masked) ViTs; `attention` takes q, k, v apart
+`queue_topk`           exact top-k nearest neighbours in a ring-buffer queue; `enqueue` updates it
+`info_nce`             the NNCLR InfoNCE loss without a logits matrix
+=====================  ============================================================================
+
+Each folder has a README with the maths, a `reference.py` that defines the op, an `op.py` that
+registers it with torch.library, and an `api.py` with the public function.
+"""
+
+from maect_fast.kernels.info_nce import info_nce
+from maect_fast.kernels.masked_attention import attention, masked_attention
+from maect_fast.kernels.queue_topk import Pick, QueueState, TopK, enqueue, queue_topk
+
+__all__ = [
+    "Pick",
+    "QueueState",
+    "TopK",
+    "attention",
+    "enqueue",
+    "info_nce",
+    "masked_attention",
+    "queue_topk",
+]

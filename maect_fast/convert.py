@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def load_encoder(encoder: Encoder, source: str | Path | Mapping[str, Any]) -> li
     """
     name = "a state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else _read(Path(source))
-    where, weights = _find_encoder(content, name)
+    where, weights, beside = _find_encoder(content, name)
     lines = [f"encoder from {where}"]
     own = encoder.state_dict()
     missing, dropped = _compare(own, weights, where)
@@ -77,8 +77,8 @@ def load_encoder(encoder: Encoder, source: str | Path | Mapping[str, Any]) -> li
     encoder.load_state_dict(own | state)
     if missing:
         lines.append(f"missing there, kept as it was: {_summary(missing)}")
-    if dropped:
-        lines.append(f"there, but not used: {_summary(dropped)}")
+    if dropped or beside:
+        lines.append(f"there, but not used: {_summary([*dropped, *beside])}")
     return lines
 
 
@@ -114,29 +114,39 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _find_encoder(content: Mapping[str, Any], name: str) -> tuple[str, dict[str, Tensor]]:
-    """The encoder within nested dicts and name prefixes, and a description of where it was."""
-    found = dict(_encoders(content, name))
+class _Found(NamedTuple):
+    where: str
+    weights: dict[str, Tensor]
+    beside: list[str]
+    """Names of the tensors around the encoder."""
+
+
+def _find_encoder(content: Mapping[str, Any], name: str) -> _Found:
+    """The one encoder within nested dicts and name prefixes."""
+    found = list(_encoders(content, name))
     if len(found) > 1:
-        preferred = {w: s for w, s in found.items() if any(p in w for p in PREFERRED)}
-        found = preferred or found
-    if len(found) != 1:
-        reason = (
-            f"{len(found)} encoders: {'; '.join(found)}" if found else f"nothing named {ANCHOR}"
-        )
-        raise ValueError(f"{name}: expected one ViT encoder, found {reason}")
-    return next(iter(found.items()))
+        found = [f for f in found if any(p in f.where for p in PREFERRED)] or found
+    if not found:
+        raise ValueError(f"{name}: expected a ViT encoder, found nothing named {ANCHOR}")
+    if len(found) > 1:
+        places = "; ".join(f.where for f in found)
+        raise ValueError(f"{name}: expected one ViT encoder, found {len(found)}: {places}")
+    return found[0]
 
 
-def _encoders(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _encoders(content: Mapping[str, Any], where: str) -> Iterator[_Found]:
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for key in tensors:
+        if key.endswith(ANCHOR):
+            prefix = key.removesuffix(ANCHOR)
+            yield _Found(
+                f"{where}, {prefix}*" if prefix else where,
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
+                [k for k in tensors if not k.startswith(prefix)],
+            )
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _encoders(value, f"{where}, {key}")
-        elif isinstance(key, str) and key.endswith(ANCHOR):
-            prefix = key.removesuffix(ANCHOR)
-            weights = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
-            beside = [k for k in content if not k.startswith(prefix)]
-            yield (f"{where}, {prefix}*" if prefix else where), weights, beside
 
 
 def _compare(

@@ -7,7 +7,9 @@ the same numbers on every device and, up to rounding, in every dtype.
 import torch
 from torch import Tensor
 
-__all__ = ["assert_within_budget", "error_budget", "random_qkv", "unit_rows"]
+from maect_fast.kernels import QueueState
+
+__all__ = ["assert_within_budget", "error_budget", "random_qkv", "random_queue", "unit_rows"]
 
 
 def error_budget(eager: Tensor, ref64: Tensor) -> float:
@@ -94,3 +96,31 @@ def unit_rows(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
     return rows.to(device, dtype)
+
+
+def random_queue(
+    size: int,
+    dim: int,
+    *,
+    num_ids: int,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> QueueState:
+    """A full ring buffer of random directions: ids 0 .. num_ids - 1 in turn, random labels.
+
+    Args:
+        size: Q, number of entries.
+        dim: D, length of an entry.
+        num_ids: below `size`, some sample fills several entries.
+        num_classes: labels are 0 .. num_classes - 1.
+        device: of the result.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return QueueState(
+        queue=unit_rows(size, dim, device=device, seed=seed),
+        queue_y=torch.randint(num_classes, (size,), generator=generator).to(device),
+        queue_id=(torch.arange(size) % num_ids).to(device),
+        queue_ptr=torch.zeros(1, dtype=torch.int64, device=device),
+    )

@@ -1,1 +1,16 @@
 """Images in, augmented batches out."""
+
+from maect_fast.data.loader import Batch, DataError, EvalBatches, Loader, eval_batches
+from maect_fast.data.sources import FolderSource, Source, TensorSource, build_source
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "EvalBatches",
+    "FolderSource",
+    "Loader",
+    "Source",
+    "TensorSource",
+    "build_source",
+    "eval_batches",
+]

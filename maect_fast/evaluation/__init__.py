@@ -1,1 +1,119 @@
 """How good frozen features are: k-NN, linear probe, low-shot, clustering, and the report."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+
+from maect_fast.evaluation.clustering import kmeans
+from maect_fast.evaluation.features import (
+    Features,
+    concatenate,
+    extract_features,
+    load_features,
+    raw_pixels,
+    save_features,
+)
+from maect_fast.evaluation.knn import knn_accuracy
+from maect_fast.evaluation.linear_probe import linear_probe, probe_schedule
+from maect_fast.evaluation.low_shot import low_shot
+
+__all__ = [
+    "METHODS",
+    "Features",
+    "Method",
+    "evaluate_features",
+    "extract_features",
+    "load_features",
+    "raw_pixels",
+    "save_features",
+]
+
+Method = Literal["knn", "linear_probe", "low_shot", "clustering"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+SHOTS = (1, 2, 5)
+
+
+def evaluate_features(
+    train: Features,
+    test: Features,
+    *,
+    seed: int = 0,
+    methods: Sequence[Method] = METHODS,
+    cluster: Literal["all", "test"] = "all",
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Measure features by every protocol that the labels allow.
+
+    Args:
+        train: features of the training images: gallery of the k-NN, training set of the linear
+            classifiers.
+        test: features of the test images; accuracies are measured on these.
+        seed: of the probe's initial weights and batches, of the low-shot draws and of the k-means
+            starts.
+        methods: which protocols.
+        cluster: the images that k-means clusters and is measured on: `all` for both sets (it trains
+            on no labels, so nothing is held out), or `test` alone, which is what fits for large
+            data sets.
+        device: where k-NN and probe run.
+
+    Returns:
+        By name, each in [0, 1] except for ARI, which may be below 0: `knn`, `knn_standardised`;
+        `linear_probe` (best head and epoch on the test set, as the paper reports),
+        `linear_probe_last`; `low_shot_1`, `_2`, `_5` with `_std` over the draws; `kmeans_acc` with
+        `_std` over the restarts, `kmeans_nmi`, `kmeans_ari`. Rows without a label are left out of
+        everything but the clustering itself; metrics that cannot be computed (no labels, a single
+        class, a class with fewer images than shots) are left out of the result.
+
+    Raises:
+        ValueError: an unknown method, feature dimensions that differ, fewer than 10 labelled
+            training rows for the k-NN.
+    """
+    unknown = sorted(set(methods) - set(METHODS))
+    if unknown:
+        raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+    if train.x.shape[1] != test.x.shape[1]:
+        raise ValueError(
+            f"test: expected features of dimension {train.x.shape[1]} as in train, got "
+            f"{test.x.shape[1]}"
+        )
+    known_train, known_test = train.labelled(), test.labelled()
+    class_sizes = torch.unique(known_train.label, return_counts=True)[1]
+    result: dict[str, float] = {}
+    if len(class_sizes) >= 2 and len(known_test):
+        if "knn" in methods:
+            result["knn"] = knn_accuracy(known_train, known_test, device=device)
+            result["knn_standardised"] = knn_accuracy(
+                known_train, known_test, standardise=True, device=device
+            )
+        if "linear_probe" in methods:
+            epochs, batch_size = probe_schedule(len(known_train))
+            probe = linear_probe(
+                known_train,
+                known_test,
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+            )
+            result |= {"linear_probe": probe.best, "linear_probe_last": probe.last}
+        if "low_shot" in methods:
+            for shots in SHOTS:
+                if shots <= int(class_sizes.min()):
+                    mean, std = low_shot(known_train, known_test, shots=shots, seed=seed)
+                    result |= {f"low_shot_{shots}": mean, f"low_shot_{shots}_std": std}
+    if "clustering" in methods:
+        features = concatenate(train, test) if cluster == "all" else test
+        num_classes = len(torch.unique(features.labelled().label))
+        if num_classes >= 2:
+            runs = kmeans(features, num_clusters=num_classes, seed=seed)
+            scores, acc_std = runs.scores(features.label)
+            result |= {
+                "kmeans_acc": scores.acc,
+                "kmeans_acc_std": acc_std,
+                "kmeans_nmi": scores.nmi,
+                "kmeans_ari": scores.ari,
+            }
+    return result

@@ -1,0 +1,51 @@
+"""Errors of the public functions: one line with the argument, what was expected, what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_tensor", "expect"]
+
+
+def expect(
+    ok: bool, name: str, expected: object, got: object, error: type[Exception] = ValueError
+) -> None:
+    """Raise ``name: expected ..., got ...`` unless `ok`."""
+    if not ok:
+        raise error(f"{name}: expected {expected}, got {got}")
+
+
+def check_tensor(
+    name: str,
+    x: Tensor | None,
+    like: Tensor,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None],
+) -> None:
+    """Check what can be checked without reading values; an absent tensor is fine.
+
+    Args:
+        name: argument of the public function.
+        x: its value.
+        like: a tensor on the device that `x` must be on.
+        dtypes: those allowed.
+        shape: sizes; None = any.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device, or a floating tensor whose last stride is not 1.
+    """
+    if x is None:
+        return
+    expect(x.dtype in dtypes, name, " or ".join(map(str, dtypes)), x.dtype, TypeError)
+    fits = x.ndim == len(shape) and all(
+        wanted is None or size == wanted for size, wanted in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        # Only here: torch.compile cannot turn a symbolic size into text.
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name}: expected shape [{sizes}], got {list(x.shape)}")
+    expect(x.device == like.device, name, like.device, x.device)
+    if x.is_floating_point():
+        expect(x.stride(-1) == 1 or x.numel() < 2, name, "a last stride of 1", x.stride())

@@ -1,0 +1,94 @@
+"""Registration of the row statistics with torch.library; the ranks talk to each other outside."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maect_fast.kernels.info_nce import reference
+
+__all__ = ["row_stats", "row_stats_backward"]
+
+
+@torch.library.custom_op("maect_fast::info_nce_fwd", mutates_args=())
+def row_stats(
+    predicted: Tensor, neighbour: Tensor, temperature: Tensor, first: int, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row_max, row_sum, positive."""
+    return reference.row_stats(predicted, neighbour, temperature, first, transposed)
+
+
+@row_stats.register_fake
+def _(
+    predicted: Tensor, neighbour: Tensor, temperature: Tensor, first: int, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_views, num_predictions, _ = predicted.shape
+    num_rows = num_predictions if transposed else neighbour.shape[1]
+    dtype = torch.promote_types(predicted.dtype, torch.float32)
+    return (
+        predicted.new_empty((num_views, num_rows), dtype=dtype),
+        predicted.new_empty((num_views, num_rows), dtype=dtype),
+        predicted.new_empty((num_views, num_predictions), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("maect_fast::info_nce_bwd", mutates_args=())
+def row_stats_backward(
+    grad_sum: Tensor,
+    grad_positive: Tensor,
+    predicted: Tensor,
+    neighbour: Tensor,
+    temperature: Tensor,
+    row_max: Tensor,
+    first: int,
+    transposed: bool,
+) -> Tensor:
+    """Gradient of `predicted`."""
+    return reference.row_stats_backward(
+        grad_sum, grad_positive, predicted, neighbour, temperature, row_max, first, transposed
+    )
+
+
+@row_stats_backward.register_fake
+def _(
+    grad_sum: Tensor,
+    grad_positive: Tensor,
+    predicted: Tensor,
+    neighbour: Tensor,
+    temperature: Tensor,
+    row_max: Tensor,
+    first: int,
+    transposed: bool,
+) -> Tensor:
+    return predicted.new_empty(predicted.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    predicted, neighbour, temperature, ctx.first, ctx.transposed = inputs
+    ctx.save_for_backward(predicted, neighbour, temperature, output[0])
+
+
+def _backward(
+    ctx: Any, _grad_max: Tensor, grad_sum: Tensor, grad_positive: Tensor
+) -> tuple[Tensor, None, None, None, None]:
+    """`row_max` is a constant: the loss does not depend on the shift of the exponents."""
+    predicted, neighbour, temperature, row_max = ctx.saved_tensors
+    grad_predicted = row_stats_backward(
+        grad_sum,
+        grad_positive,
+        predicted,
+        neighbour,
+        temperature,
+        row_max,
+        ctx.first,
+        ctx.transposed,
+    )
+    return grad_predicted, None, None, None, None
+
+
+def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("info_nce has no second derivative; backend='reference' has one")
+
+
+row_stats.register_autograd(_backward, setup_context=_setup_context)
+row_stats_backward.register_autograd(_no_second_derivative)

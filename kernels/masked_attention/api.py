@@ -1,0 +1,113 @@
+"""The public functions: contract, checks, choice of the backend."""
+
+import torch
+from torch import Tensor
+
+from maect_fast.kernels._common.backend import Backend, check_backend
+from maect_fast.kernels._common.checks import check_tensor, expect
+from maect_fast.kernels.masked_attention import op, reference
+
+__all__ = ["attention", "masked_attention"]
+
+Modes = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, Tensor | None]
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX = (torch.int32, torch.int64)
+
+
+def masked_attention(
+    qkv: Tensor,
+    *,
+    keep: Tensor | None = None,
+    seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Self-attention on packed projections: ``softmax(scale * Q K^T) V`` per sample and head.
+
+    At most one of `keep`, `seqlens`, `cu_seqlens` says which tokens there are; without, all N. Rows
+    of other tokens, and queries without a key, are zero in the result and its gradient. NaN and Inf
+    in what takes no part go nowhere. The gradient goes to `qkv` alone, as one contiguous buffer.
+
+    Args:
+        qkv: [B, N, 3, H, D] or packed [T, 3, H, D]; fp16, bf16, fp32 or fp64; last stride 1.
+        keep: [B, Nk] int32 or int64, kept tokens, unique in a row (the reference checks this).
+        seqlens: [B] int32 or int64, clamped to 0..N; tokens from there on are padding.
+        cu_seqlens: [S + 1] int32, where packed segments start and end, from 0 to at most T.
+        max_seqlen: with `cu_seqlens`, an int; what a longer segment gives is undefined.
+        key_mask: [B, N] bool, True = takes part as a key (as a query it does anyway).
+        scale: factor of the scores, ``D ** -0.5`` by default.
+        backend: "auto": PyTorch's own kernels, on the CPU SDPA's; "reference": the definition.
+
+    Returns:
+        [B, N, H, D] or, packed, [T, H, D]; contiguous, dtype of `qkv`.
+
+    Raises:
+        ValueError: two modes at once, a wrong combination, shape, last stride or device.
+        TypeError: a wrong dtype; a `max_seqlen` that is no int.
+        RuntimeError: a backend that is not built.
+
+    Source: arXiv 1706.03762; ml-jku/MAE-CT: models/modules/flash_attention_wrapper.py.
+    """
+    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
+    check_backend("masked_attention", backend)
+    rows = _check_modes(modes)
+    check_tensor("qkv", qkv, qkv, FLOATING, (*rows, 3, None, None))
+    _check_tensors(qkv, modes)
+    attend = reference.masked_attention if backend == "reference" else op.masked_attention_fwd
+    return attend(qkv, *modes, qkv.shape[-1] ** -0.5 if scale is None else scale)[0]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Tensor | None = None,
+    seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`masked_attention` on q [B, M, H, D] and k, v [B, N, H, D]; all three get gradients.
+
+    Class token only: ``attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])``. The rest as there,
+    but `seqlens` bounds the keys only, and `keep` and `cu_seqlens` (q, k, v [T, H, D]) need M = N.
+    """
+    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
+    check_backend("attention", backend)
+    rows = _check_modes(modes)
+    square = keep is not None or cu_seqlens is not None
+    check_tensor("v", v, v, FLOATING, (*rows, None, None))
+    check_tensor("k", k, v, (v.dtype,), v.shape)
+    check_tensor("q", q, v, (v.dtype,), v.shape if square else (len(v), None, *v.shape[2:]))
+    _check_tensors(v, modes)
+    attend = reference.attention if backend == "reference" else op.attention_fwd
+    return attend(q, k, v, *modes, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+
+
+def _check_modes(modes: Modes) -> tuple[None, ...]:
+    """Refuse arguments that exclude each other; return the row dimensions, of any size."""
+    *_, cu_seqlens, max_seqlen, key_mask = modes
+    given = [x is not None for x in modes[:3]].count(True)
+    expect(given < 2, "keep, seqlens, cu_seqlens", "at most one", given)
+    if cu_seqlens is None:
+        expect(max_seqlen is None, "max_seqlen", "None without cu_seqlens", max_seqlen)
+        return None, None
+    expect(key_mask is None, "key_mask", "None with cu_seqlens (use lengths)", "a tensor")
+    expect(max_seqlen is not None, "max_seqlen", "an int with cu_seqlens", None)
+    expect(isinstance(max_seqlen, int), "max_seqlen", "an int", type(max_seqlen), TypeError)
+    return (None,)
+
+
+def _check_tensors(like: Tensor, modes: Modes) -> None:
+    keep, seqlens, cu_seqlens, _, key_mask = modes
+    check_tensor("keep", keep, like, INDEX, (len(like), None))
+    check_tensor("seqlens", seqlens, like, INDEX, (len(like),))
+    check_tensor("cu_seqlens", cu_seqlens, like, INDEX[:1], (None,))
+    expect(cu_seqlens is None or len(cu_seqlens) > 0, "cu_seqlens", "at least one bound", 0)
+    check_tensor("key_mask", key_mask, like, (torch.bool,), like.shape[:2])

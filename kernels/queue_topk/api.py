@@ -1,0 +1,126 @@
+"""Public functions: exact nearest-neighbour search in a ring buffer, and the buffer's update."""
+
+import torch
+from torch import Tensor
+
+from maect_fast.kernels._common.backend import Backend, check_backend
+from maect_fast.kernels.queue_topk import op, reference
+from maect_fast.kernels.queue_topk.reference import Pick, QueueState, TopK, draw_ranks
+
+__all__ = ["enqueue", "queue_topk"]
+
+
+def queue_topk(
+    query: Tensor,
+    queue: Tensor | QueueState,
+    *,
+    k: int = 20,
+    query_id: Tensor | None = None,
+    queue_id: Tensor | None = None,
+    queue_label: Tensor | None = None,
+    query_label: Tensor | None = None,
+    pick: Pick | Tensor | None = None,
+    backend: Backend = "auto",
+) -> TopK:
+    """The k rows of the queue with the largest cosine ``normalize(query) @ queue.T``, exactly.
+
+    Sorted by (score descending, slot ascending). A slot that holds the query's own id scores
+    exactly -1 and comes last: it is returned only when fewer than k others exist. NaN scores rank,
+    and return, as -inf; slots are always valid. Memory beyond the result does not grow with n or Q.
+    Nothing is differentiable.
+
+    Args:
+        query: [n, D] or [V, n, D] (views, searched in one pass), any float dtype; normalised inside
+            (eps 1e-12). Scores are fp32 dot products, fp64 if query or queue is fp64.
+        queue: [Q, D] rows of unit norm (this is not checked), or a QueueState, which brings ids and
+            labels. As the gallery of a k-NN evaluation it may be of any size.
+        k: 1 .. Q.
+        query_id: int64 [n], shared by the views; -1 has no own slots. Needs ids of the queue.
+        queue_id: int64 [Q]; needs `query_id`. Not with a QueueState.
+        queue_label: int64 [Q]; needs `query_label`. Not with a QueueState.
+        query_label: int64 [n], shared by the views; negative = none, never a hit. Needs `pick`.
+        pick: chooses one neighbour per row: a Pick draws it, an int64 tensor of the query's shape
+            without D replays ranks (0 = nearest) drawn elsewhere.
+        backend: "auto" or "reference"; "triton" and "cpp" are not built yet.
+
+    Returns:
+        TopK: values and indices [.., k]; with `pick` also the drawn slot and its row, with labels
+        whether the drawn slot has the query's label.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, k outside 1 .. Q, ids or labels on one side
+            only, or (on the CPU) a rank outside 0 .. k-1.
+        RuntimeError: a backend that is not built.
+
+    Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: losses/nnclr_loss.py (find_nn).
+    """
+    check_backend("queue_topk", backend)
+    if isinstance(queue, QueueState):
+        if queue_id is not None or queue_label is not None:
+            raise ValueError("queue_id, queue_label: expected None, as the QueueState brings them")
+        queue_id = None if query_id is None else queue.queue_id
+        queue_label = None if query_label is None else queue.queue_y
+        queue = queue.queue
+    if query.ndim not in (2, 3) or queue.ndim != 2 or query.shape[-1] != queue.shape[1]:
+        got = f"{list(query.shape)} and {list(queue.shape)}"
+        raise ValueError(f"query, queue: expected [n, D] or [V, n, D] and [Q, D], got {got}")
+    if not (query.is_floating_point() and queue.is_floating_point()):
+        raise ValueError(f"query, queue: expected floats, got {query.dtype} and {queue.dtype}")
+    if not 1 <= k <= queue.shape[0]:
+        raise ValueError(f"k: expected 1 .. {queue.shape[0]} (rows of the queue), got {k}")
+    pairs = (("id", query_id, queue_id), ("label", query_label, queue_label))
+    for name, of_query, of_queue in pairs:
+        if (of_query is None) != (of_queue is None):
+            raise ValueError(f"query_{name}, queue_{name}: expected both or neither, got one")
+        _check_int64(f"query_{name}", of_query, query.shape[-2:-1])
+        _check_int64(f"queue_{name}", of_queue, queue.shape[:1])
+    if query_label is not None and pick is None:
+        raise ValueError("query_label: expected a pick with it, as its choice is what labels judge")
+
+    if isinstance(pick, Pick):
+        rank: Tensor | None = draw_ranks(pick, query.shape[:-1], k, query.device)
+    else:
+        _check_int64("pick", pick, query.shape[:-1])
+        rank = pick
+    tensors = (query_id, queue_id, query_label, queue_label, rank)
+    if backend == "reference":
+        return reference.queue_topk(query.detach(), queue.detach(), k, *tensors)
+    values, indices, *picked = op.queue_topk(query.detach(), queue.detach(), k, *tensors)
+    if rank is None:
+        return TopK(values, indices)
+    index, neighbour, hit = picked
+    return TopK(values, indices, index, neighbour, None if query_label is None else hit)
+
+
+def enqueue(
+    state: QueueState, rows: Tensor, *, sample_id: Tensor | None = None, label: Tensor | None = None
+) -> None:
+    """Write ``normalize(rows[i])``, its id and label to slot ``(ptr + i) mod Q``; advance ptr by B.
+
+    In place, without waiting for the device. Of B > Q rows the last Q stay. NaN rows are stored as
+    they come (a search ranks them last), zero rows stay zero.
+
+    Args:
+        state: the ring buffer.
+        rows: [B, D], any float dtype; normalised in at least fp32 (eps 1e-12).
+        sample_id: int64 [B]; None writes -1.
+        label: int64 [B]; None writes -1.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+
+    Source: ml-jku/MAE-CT: models/contrastive_heads/base/contrastive_head_base.py.
+    """
+    if rows.ndim != 2 or rows.shape[1] != state.queue.shape[1] or not rows.is_floating_point():
+        expected = f"floats [B, {state.queue.shape[1]}]"
+        raise ValueError(f"rows: expected {expected}, got {rows.dtype} {list(rows.shape)}")
+    _check_int64("sample_id", sample_id, rows.shape[:1])
+    _check_int64("label", label, rows.shape[:1])
+    op.enqueue(*state, rows.detach(), sample_id, label)
+
+
+def _check_int64(name: str, entries: Tensor | None, shape: torch.Size) -> None:
+    """Refuse another dtype or shape; None is fine."""
+    if entries is not None and (entries.dtype != torch.int64 or entries.shape != shape):
+        got = f"{entries.dtype} {list(entries.shape)}"
+        raise ValueError(f"{name}: expected torch.int64 {list(shape)}, got {got}")

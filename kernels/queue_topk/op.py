@@ -1,0 +1,90 @@
+"""Registration of the search and of the enqueue with torch.library."""
+
+import torch
+from torch import Tensor
+
+from maect_fast.kernels.queue_topk import reference
+
+__all__ = ["enqueue", "queue_topk"]
+
+
+@torch.library.custom_op("maect_fast::queue_topk", mutates_args=())
+def queue_topk(
+    query: Tensor,
+    queue: Tensor,
+    k: int,
+    query_id: Tensor | None,
+    queue_id: Tensor | None,
+    query_label: Tensor | None,
+    queue_label: Tensor | None,
+    rank: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five fields of TopK; those that were not asked for are empty."""
+    result = reference.queue_topk(
+        query, queue, k, query_id, queue_id, query_label, queue_label, rank
+    )
+    _, _, index, neighbour, hit = _allocate(query, queue, 0, None, None)
+    if result.picked_index is not None and result.picked_neighbour is not None:
+        index, neighbour = result.picked_index, result.picked_neighbour
+    if result.label_hit is not None:
+        hit = result.label_hit
+    return result.values, result.indices, index, neighbour, hit
+
+
+@queue_topk.register_fake
+def _(
+    query: Tensor,
+    queue: Tensor,
+    k: int,
+    query_id: Tensor | None,
+    queue_id: Tensor | None,
+    query_label: Tensor | None,
+    queue_label: Tensor | None,
+    rank: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _allocate(query, queue, k, query_label, rank)
+
+
+def _allocate(
+    query: Tensor, queue: Tensor, k: int, query_label: Tensor | None, rank: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised results."""
+    rows, dim = query.shape[:-1], queue.shape[1]
+    dtype = torch.promote_types(torch.promote_types(query.dtype, queue.dtype), torch.float32)
+    picks = rank is not None
+    return (
+        query.new_empty((*rows, k), dtype=dtype),
+        query.new_empty((*rows, k), dtype=torch.int64),
+        query.new_empty(rows if picks else (0,), dtype=torch.int64),
+        queue.new_empty((*rows, dim) if picks else (0,)),
+        query.new_empty(rows if picks and query_label is not None else (0,), dtype=torch.bool),
+    )
+
+
+@torch.library.custom_op(
+    "maect_fast::queue_enqueue", mutates_args=("queue", "queue_y", "queue_id", "queue_ptr")
+)
+def enqueue(
+    queue: Tensor,
+    queue_y: Tensor,
+    queue_id: Tensor,
+    queue_ptr: Tensor,
+    rows: Tensor,
+    sample_id: Tensor | None,
+    label: Tensor | None,
+) -> None:
+    """Normalise rows [B, D] and write them, their ids and labels at the pointer; advance it."""
+    reference.enqueue(queue, queue_y, queue_id, queue_ptr, rows, sample_id, label)
+
+
+@enqueue.register_fake
+def _(
+    queue: Tensor,
+    queue_y: Tensor,
+    queue_id: Tensor,
+    queue_ptr: Tensor,
+    rows: Tensor,
+    sample_id: Tensor | None,
+    label: Tensor | None,
+) -> None:
+    return None

@@ -1,0 +1,432 @@
+"""Batches of augmented views for training, and plain images for evaluation.
+
+What a batch holds is a function of (seed, epoch, batch number) alone: the number of workers, the
+number of ranks and where a run was resumed change nothing.
+"""
+
+import logging
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import forkserver
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from maect_fast.config import AugmentConfig, ConfigError
+from maect_fast.data.augment import (
+    NOISE,
+    draw,
+    eval_pixels,
+    finish_views,
+    image_views,
+    num_draws,
+    tensor_views,
+    to_normalized,
+)
+from maect_fast.data.sources import Source, TensorSource
+from maect_fast.kernels._common.philox import MASK32, philox4x32
+
+__all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches"]
+
+logger = logging.getLogger(__name__)
+
+# The stream of epoch permutations among those of one run's seed.
+STREAM = 3 << 32
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class DataError(RuntimeError):
+    """More images cannot be read than `data.max_broken` allows; the message names them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's part of one update's images."""
+
+    views: Tensor
+    """[V, n, C, H, W] fp32, normalised; pinned memory where there is CUDA."""
+    sample_id: Tensor
+    """[n] int64, index of each image in its source."""
+    label: Tensor
+    """[n] int64; -1 = no label."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """What a worker hands over for one batch."""
+
+    pixels: Tensor
+    """[V, n, C, S, S] or, for evaluation, [n, C, S, S] fp32; empty: too many broken images."""
+    sample_id: Tensor
+    """[n] int64, the images really shown."""
+    broken: dict[int, str]
+    """Index and reason of each image that could not be read."""
+
+    def pin_memory(self) -> "_Item":
+        """The same in pinned memory; called by the DataLoader."""
+        return _Item(self.pixels.pin_memory(), self.sample_id.pin_memory(), self.broken)
+
+
+class _Schedule(Sampler[tuple[int, list[int]]]):
+    """The (epoch, image indices) of the batches to come; set anew before each pass."""
+
+    def __init__(self) -> None:
+        self.items: list[tuple[int, list[int]]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True)
+class _TrainingBatches(Dataset[_Item]):
+    """Decodes each image once and makes its views; runs in a worker."""
+
+    source: Source
+    augment: AugmentConfig
+    img_size: int
+    num_views: int
+    seed: int
+    max_broken: int
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
+        epoch, indices = key
+        S, C = self.img_size, self.source.in_chans
+        ids = list(indices)
+        draws = self._draws(ids, epoch, NOISE).transpose(0, 1).tolist()
+        views = np.empty((self.num_views, len(ids), S, S, C), dtype=np.uint8)
+        broken: dict[int, str] = {}
+        for row, index in enumerate(indices):
+            image = _decode(self.source, index, broken)
+            while image is None:
+                if len(broken) > self.max_broken:
+                    return _Item(torch.empty(0), torch.tensor(ids), broken)
+                ids[row] = (ids[row] + 1) % len(self.source)
+                image = _decode(self.source, ids[row], broken)
+            if ids[row] != index:
+                draws[row] = self._draws([ids[row]], epoch, NOISE)[:, 0].tolist()
+            views[:, row] = image_views(image, draws[row], self.augment, S)
+        all_draws = self._draws(ids, epoch, num_draws(self.augment, C * S * S))
+        pixels = _to_float(views, (0, 1, 4, 2, 3))
+        return _Item(finish_views(pixels, all_draws, self.augment), torch.tensor(ids), broken)
+
+    def _draws(self, ids: list[int], epoch: int, num: int) -> Tensor:
+        return draw(self.seed, torch.tensor(ids), epoch=epoch, num_views=self.num_views, num=num)
+
+
+@dataclass(frozen=True)
+class _EvaluationBatches(Dataset[_Item]):
+    """Decodes, resizes and crops the middle; broken images are left out. Runs in a worker."""
+
+    source: Source
+    augment: AugmentConfig
+    img_size: int
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
+        S, C = self.img_size, self.source.in_chans
+        pixels = np.empty((len(key[1]), S, S, C), dtype=np.uint8)
+        ids: list[int] = []
+        broken: dict[int, str] = {}
+        for index in key[1]:
+            image = _decode(self.source, index, broken)
+            if image is not None:
+                pixels[len(ids)] = eval_pixels(image, S)
+                ids.append(index)
+        images = to_normalized(_to_float(pixels[: len(ids)], (0, 3, 1, 2)), self.augment)
+        return _Item(images, torch.tensor(ids, dtype=torch.int64), broken)
+
+
+def _decode(source: Source, index: int, broken: dict[int, str]) -> Image.Image | None:
+    """Image `index`, or None and an entry in `broken` when it cannot be read."""
+    try:
+        return source.decode(index)
+    # Pillow has no common base for what it raises on a damaged file.
+    except Exception as error:
+        broken[index] = f"{type(error).__name__}: {error}"
+        return None
+
+
+def _to_float(pixels: NDArray[np.uint8], order: tuple[int, ...]) -> Tensor:
+    """Channels-last bytes to fp32 in [0, 1], axes in the given order."""
+    return torch.from_numpy(pixels).permute(order).contiguous().float().div_(255)
+
+
+class _BrokenImages:
+    """Counts the distinct images that cannot be read, names each once, stops at the limit."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self.source = source
+        # At least one image must be left to stand in for the others.
+        self.limit = min(limit, len(source) - 1)
+        self.reasons: dict[int, str] = {}
+
+    def add(self, broken: dict[int, str]) -> None:
+        for index, reason in broken.items():
+            if index not in self.reasons:
+                self.reasons[index] = reason
+                logger.warning("skipped %s: %s", self.source.name(index), reason)
+        if len(self.reasons) > self.limit:
+            raise DataError(
+                f"{len(self.reasons)} images cannot be read, at most {self.limit} may be"
+                " (data.max_broken): "
+                + "; ".join(f"{self.source.name(i)} ({why})" for i, why in self.reasons.items())
+            )
+
+    def names(self) -> list[str]:
+        return [self.source.name(index) for index in self.reasons]
+
+
+class Loader:
+    """Batches of augmented views for one rank.
+
+    Batch b of an epoch holds images perm[b * B : (b + 1) * B] of the epoch's permutation, of which
+    each rank gets a contiguous slice; a tail of fewer than B images is dropped. Images in memory
+    are augmented in one go on the device where they lie; others (and images in memory with
+    photometric changes) are decoded once per update by worker processes. An image that cannot be
+    read is replaced by the next one of the source that can.
+
+    Raises:
+        ConfigError: batch_size does not fit the number of images or of ranks.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        augment: AugmentConfig,
+        *,
+        num_views: int,
+        batch_size: int,
+        img_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        max_broken: int = 10,
+    ) -> None:
+        """Args are those of the configuration; `batch_size` counts the images of all ranks."""
+        if batch_size > len(source):
+            raise ConfigError(
+                f"batch_size: expected at most the {len(source)} images there are, got {batch_size}"
+            )
+        if batch_size % world_size:
+            raise ConfigError(
+                f"batch_size: expected a multiple of the {world_size} ranks, got {batch_size}"
+            )
+        self.source = source
+        self.augment = augment
+        self.num_views = num_views
+        self.batch_size = batch_size
+        self.img_size = img_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._broken = _BrokenImages(source, max_broken)
+        self._schedule = _Schedule()
+        photometric = any(
+            view.jitter or view.blur or view.grayscale or view.solarize for view in augment.views
+        )
+        self._images: Tensor | None = None
+        if isinstance(source, TensorSource):
+            if not photometric:
+                self._images = source.images
+            source = source.to("cpu")
+        self._decoded = _data_loader(
+            _TrainingBatches(source, augment, img_size, num_views, seed, self._broken.limit),
+            self._schedule,
+            workers=0 if self._images is not None else workers,
+            persistent=True,
+        )
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Batches in one epoch."""
+        return len(self.source) // self.batch_size
+
+    @property
+    def broken(self) -> list[str]:
+        """The images that this rank could not read so far."""
+        return self._broken.names()
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch, from batch number `start` on; one pass at a time.
+
+        Raises:
+            DataError: more than `max_broken` images cannot be read.
+        """
+        order = permutation(len(self.source), seed=self.seed, epoch=epoch)
+        local = self.batch_size // self.world_size
+        parts = [
+            order[b * self.batch_size + self.rank * local :][:local]
+            for b in range(start, self.updates_per_epoch)
+        ]
+        if self._images is not None:
+            return self._augmented(self._images, parts, epoch)
+        return self._from_workers(parts, epoch)
+
+    def _augmented(self, images: Tensor, parts: list[Tensor], epoch: int) -> Iterator[Batch]:
+        for sample_id in parts:
+            on_device = sample_id.to(images.device)
+            views = tensor_views(
+                images[on_device],
+                on_device,
+                augment=self.augment,
+                img_size=self.img_size,
+                num_views=self.num_views,
+                seed=self.seed,
+                epoch=epoch,
+            )
+            if torch.cuda.is_available() and not views.is_cuda:
+                views = views.pin_memory()
+            yield Batch(views, sample_id, self.source.labels[sample_id])
+
+    def _from_workers(self, parts: list[Tensor], epoch: int) -> Iterator[Batch]:
+        self._schedule.items = [(epoch, part.tolist()) for part in parts]
+        for item in self._decoded:
+            self._broken.add(item.broken)
+            yield Batch(item.pixels, item.sample_id, self.source.labels[item.sample_id])
+
+
+class EvalBatches:
+    """Iterates over (images [n, C, S, S] fp32, labels [n] int64); see `eval_batches`."""
+
+    def __init__(
+        self,
+        source: Source,
+        augment: AugmentConfig,
+        *,
+        img_size: int,
+        batch_size: int,
+        workers: int,
+        max_broken: int,
+    ) -> None:
+        self.source = source
+        self.augment = augment
+        self.batch_size = batch_size
+        self._broken = _BrokenImages(source, max_broken)
+        schedule = _Schedule()
+        schedule.items = [
+            (0, part.tolist()) for part in torch.split(torch.arange(len(source)), batch_size)
+        ]
+        self._decoded = _data_loader(
+            _EvaluationBatches(source, augment, img_size),
+            schedule,
+            workers=0 if isinstance(source, TensorSource) else workers,
+            persistent=False,
+        )
+
+    @property
+    def skipped(self) -> list[int]:
+        """Indices of the unreadable images left out; complete after a full pass."""
+        return sorted(self._broken.reasons)
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self.source, TensorSource):
+            yield from self._in_memory(self.source)
+            return
+        for item in self._decoded:
+            self._broken.add(item.broken)
+            if len(item.sample_id):
+                yield item.pixels, self.source.labels[item.sample_id]
+
+    def _in_memory(self, source: TensorSource) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = zip(
+            torch.split(source.images, self.batch_size),
+            torch.split(source.labels, self.batch_size),
+            strict=True,
+        )
+        for images, labels in parts:
+            yield to_normalized(images.float() / 255, self.augment), labels
+
+
+def eval_batches(
+    source: Source,
+    augment: AugmentConfig,
+    *,
+    img_size: int,
+    batch_size: int,
+    workers: int = 0,
+    max_broken: int = 10,
+) -> EvalBatches:
+    """All images in the order of the source, as they are; the last batch may be smaller.
+
+    Files are resized to a short side of img_size * 256 / 224 (bicubic) and the middle is cut out;
+    images in memory are taken as they are. Both are normalised with the mean and std of `augment`.
+    An image that cannot be read is left out and named in the log; `EvalBatches.skipped` has its
+    index.
+
+    Raises:
+        DataError: while iterating, when more than `max_broken` images cannot be read.
+    """
+    return EvalBatches(
+        source,
+        augment,
+        img_size=img_size,
+        batch_size=batch_size,
+        workers=workers,
+        max_broken=max_broken,
+    )
+
+
+def permutation(num_images: int, *, seed: int, epoch: int) -> Tensor:
+    """The order of the images in an epoch, [N] int64: a function of (seed, epoch) alone."""
+    key = seed + STREAM
+    word = philox4x32((key & MASK32, key >> 32), (epoch, 0, 0, 0))[0]
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(int(word)))
+
+
+def _data_loader(
+    dataset: Dataset[_Item], schedule: _Schedule, *, workers: int, persistent: bool
+) -> DataLoader[_Item]:
+    """A DataLoader whose items are whole batches, each made by one worker."""
+    context = None
+    if workers:
+        # Forking this process would copy its locks, of CUDA and of OpenMP among others, in whatever
+        # state they are. The fork server imports what follows once, so that a worker starts in
+        # milliseconds all the same.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
+        _start_fork_server()
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=schedule,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_init_worker,
+        multiprocessing_context=context,
+        persistent_workers=persistent and workers > 0,
+        # An own generator, or the DataLoader would advance the global one.
+        generator=torch.Generator(),
+    )
+
+
+def _start_fork_server() -> None:
+    """Start the fork server, if there is none, with Ctrl-C and termination blocked.
+
+    Both reach the whole process group. The main process decides what they mean and stops the
+    workers; without the server the workers would take themselves for orphans and end while the main
+    process still waits for their batches. A blocked signal stays blocked in the processes started
+    meanwhile, and waits for this one.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(worker: int) -> None:
+    """Leave the stop signals to the main process, also under a fork server that others started."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

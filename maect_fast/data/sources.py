@@ -1,0 +1,323 @@
+"""Where images come from: a folder of files, scikit-learn's digits, or synthetic patterns.
+
+Legend: N images, C channels, H and W pixels, K waves per class.
+"""
+
+import math
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maect_fast.config import ConfigError, DataConfig, EncoderConfig
+
+__all__ = ["FolderSource", "Source", "TensorSource", "build_source"]
+
+EXTENSIONS = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+DIGITS_SIZE = 8
+DIGITS_TEST = 360
+SYNTHETIC_CLASSES = 10
+SYNTHETIC_WAVES = 3
+SYNTHETIC_CHUNK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Source(ABC):
+    """A fixed, ordered set of images; the index of an image is its id everywhere."""
+
+    labels: Tensor
+    """[N] int64; -1 = no label."""
+    class_names: list[str]
+    """Name of each label; empty without labels."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        return len(self.class_names)
+
+    @property
+    @abstractmethod
+    def in_chans(self) -> int:
+        """Channels of every image: 3 or 1."""
+
+    @abstractmethod
+    def decode(self, index: int) -> Image.Image:
+        """Image `index` as a Pillow image of mode RGB or L; raises when it cannot be read."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call image `index` in a message."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSource(Source):
+    """Images of one size held in memory."""
+
+    images: Tensor
+    """[N, C, H, W] uint8."""
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of every image."""
+        return self.images.shape[1]
+
+    def decode(self, index: int) -> Image.Image:
+        """Image `index` as a Pillow image of mode RGB or L."""
+        pixels = self.images[index].cpu()
+        if self.in_chans == 1:
+            return Image.fromarray(pixels[0].numpy())
+        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+    def name(self, index: int) -> str:
+        """The index, in words."""
+        return f"image {index}"
+
+    def to(self, device: torch.device | str) -> "TensorSource":
+        """The same images on another device; views are then computed there."""
+        return TensorSource(
+            labels=self.labels, class_names=self.class_names, images=self.images.to(device)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSource(Source):
+    """Image files, decoded on demand.
+
+    The paths are one byte tensor with end positions rather than a list of strings: worker processes
+    then share them, where a list of a million strings would be copied to every worker as its
+    reference counts change.
+    """
+
+    path_bytes: Tensor
+    """All paths one after another, uint8."""
+    path_ends: Tensor
+    """[N] int64, end of each path in `path_bytes`."""
+    channels: int
+    """Channels to decode to: 3 or 1."""
+
+    @classmethod
+    def from_paths(
+        cls, paths: Iterable[str], *, labels: Tensor, class_names: list[str], in_chans: int
+    ) -> "FolderSource":
+        """A source of the given files, in the given order."""
+        encoded = [os.fsencode(path) for path in paths]
+        return cls(
+            labels=labels,
+            class_names=class_names,
+            path_bytes=torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
+            path_ends=torch.tensor([len(path) for path in encoded]).cumsum(0),
+            channels=in_chans,
+        )
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of every decoded image."""
+        return self.channels
+
+    def decode(self, index: int) -> Image.Image:
+        """Read file `index`.
+
+        Transparency and EXIF orientation are ignored, as torchvision's `ImageFolder` does. 16-bit
+        grey images are scaled to 8 bits, where Pillow's own conversion would clip them at 255.
+
+        Raises:
+            Exception: whatever Pillow raises on a file that it cannot read in full.
+        """
+        mode = "RGB" if self.channels == 3 else "L"
+        # Pillow warns of odd metadata, palettes with transparency and very large pictures; it
+        # decodes them all the same.
+        with warnings.catch_warnings(), open(self.name(index), "rb") as file:
+            warnings.simplefilter("ignore")
+            image: Image.Image = Image.open(file)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image.load()
+            return image if image.mode == mode else image.convert(mode)
+
+    def name(self, index: int) -> str:
+        """The path of file `index`."""
+        start = int(self.path_ends[index - 1]) if index else 0
+        return os.fsdecode(self.path_bytes[start : int(self.path_ends[index])].numpy().tobytes())
+
+
+def build_source(
+    data: DataConfig, encoder: EncoderConfig, *, split: Literal["train", "test"]
+) -> Source:
+    """The images of one split, in a fixed order.
+
+    A folder's images are all files below it with an image extension, sorted by path; hidden files
+    and folders are left out. If every image lies in a sub-folder and there are at least two of
+    them, the top-level sub-folders are the classes; otherwise no image has a label. A test folder's
+    classes are numbered by the training folder's names.
+
+    Raises:
+        ConfigError: no folder given, the folder is missing or holds no image, its classes do not
+            fit those of the training folder, or the encoder's input does not fit the images.
+    """
+    if data.source == "digits":
+        return _digits(encoder, split)
+    if data.source == "synthetic":
+        return _synthetic(data, encoder, split)
+    return _folder(data, encoder, split)
+
+
+def _folder(data: DataConfig, encoder: EncoderConfig, split: Literal["train", "test"]) -> Source:
+    if encoder.in_chans not in (1, 3):
+        raise ConfigError(f"encoder.in_chans: expected 3 or 1, got {encoder.in_chans}")
+    key, root = ("data.root", data.root) if split == "train" else ("data.test_root", data.test_root)
+    files = _list_images(key, root)
+    class_names = _classes(files)
+    known = _classes(_list_images("data.root", data.root)) if split == "test" and data.root else []
+    if known:
+        folders = _top_folders(files)
+        class_names = known if folders else []
+        unknown = [name for name in folders if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"data.test_root: expected the class folders of data.root ({data.root}),"
+                f" got {unknown[0]!r} as well"
+            )
+    number = {name: label for label, name in enumerate(class_names)}
+    labels = [number[file.split(os.sep, 1)[0]] if class_names else -1 for file in files]
+    return FolderSource.from_paths(
+        (os.path.join(str(root), file) for file in files),
+        labels=torch.tensor(labels),
+        class_names=class_names,
+        in_chans=encoder.in_chans,
+    )
+
+
+def _list_images(key: str, root: str | None) -> list[str]:
+    """All image files below `root`, relative to it, sorted."""
+    if root is None:
+        raise ConfigError(
+            f"{key}: expected a folder of images, got none; pass {key}=/path/to/images"
+        )
+    if not Path(root).is_dir():
+        raise ConfigError(
+            f"{key}: there is no folder {root!r}; pass {key}=/path/to/images"
+            " (or data.source=digits for images that need no files)"
+        )
+
+    def refuse(error: OSError) -> NoReturn:
+        raise ConfigError(f"{key}: cannot read the folder {error.filename!r}: {error.strerror}")
+
+    files = []
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        below = os.path.relpath(folder, root)
+        files += [
+            name if below == "." else os.path.join(below, name)
+            for name in names
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+        ]
+    if not files:
+        raise ConfigError(
+            f"{key}: no image in {root!r} or below; expected files that end in"
+            f" {', '.join(sorted(EXTENSIONS))}"
+        )
+    return sorted(files)
+
+
+def _top_folders(files: list[str]) -> list[str]:
+    """The first folder of each relative path, sorted; none if a file lies outside of any."""
+    if any(os.sep not in file for file in files):
+        return []
+    return sorted({file.split(os.sep, 1)[0] for file in files})
+
+
+def _classes(files: list[str]) -> list[str]:
+    """The class names of a set of relative paths."""
+    names = _top_folders(files)
+    # One folder around everything says nothing about the images.
+    return names if len(names) > 1 else []
+
+
+def _digits(encoder: EncoderConfig, split: Literal["train", "test"]) -> TensorSource:
+    """The 1,797 digits of scikit-learn: 1,437 to train and 360 to test, stratified, fixed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if (encoder.img_size, encoder.in_chans) != (DIGITS_SIZE, 1):
+        raise ConfigError(
+            "encoder.img_size, encoder.in_chans: expected 8, 1 (the digits are 8x8 and grey),"
+            f" got {encoder.img_size}, {encoder.in_chans}"
+        )
+    pixels, labels = load_digits(return_X_y=True)
+    indices = train_test_split(
+        range(len(labels)), test_size=DIGITS_TEST, random_state=0, stratify=labels
+    )
+    chosen = torch.tensor(indices[0] if split == "train" else indices[1])
+    # The digits count ink in 0..16.
+    images = (torch.from_numpy(pixels) * (255 / 16)).round().to(torch.uint8)
+    return TensorSource(
+        labels=torch.from_numpy(labels).long()[chosen],
+        class_names=[str(digit) for digit in range(10)],
+        images=images.view(-1, 1, DIGITS_SIZE, DIGITS_SIZE)[chosen],
+    )
+
+
+def _synthetic(
+    data: DataConfig, encoder: EncoderConfig, split: Literal["train", "test"]
+) -> TensorSource:
+    """Coloured waves.
+
+    Direction, frequency and colour of three waves belong to the class, their phases and a fourth
+    wave to the image. A phase moves a wave across the picture, so single pixels tell little about
+    the class.
+    """
+    if data.num_images < 1:
+        raise ConfigError(f"data.num_images: expected at least 1, got {data.num_images}")
+    N = data.num_images if split == "train" else max(1, data.num_images // 4)
+    K, C, size = SYNTHETIC_WAVES, encoder.in_chans, encoder.img_size
+    classes = torch.Generator().manual_seed(0)
+    class_angle, class_cycles, class_colour = _waves((SYNTHETIC_CLASSES, K), C, classes)
+    samples = torch.Generator().manual_seed(1 if split == "train" else 2)
+    own_angle, own_cycles, own_colour = _waves((N, 1), C, samples)
+    phase = torch.rand(N, K + 1, generator=samples) * (2 * math.pi)
+
+    labels = torch.arange(N) % SYNTHETIC_CLASSES
+    angle = torch.cat((class_angle[labels], own_angle), dim=1)  # [N, K + 1] fp32
+    cycles = torch.cat((class_cycles[labels], own_cycles), dim=1)  # [N, K + 1] fp32
+    colour = torch.cat((class_colour[labels], own_colour), dim=1)  # [N, K + 1, C] fp32
+    position = torch.arange(size) / size * (2 * math.pi)
+    images = torch.empty(N, C, size, size, dtype=torch.uint8)
+    for start in range(0, N, SYNTHETIC_CHUNK):
+        part = slice(start, start + SYNTHETIC_CHUNK)
+        # exp(i (x + y)) = exp(ix) exp(iy): one row and one column per wave instead of a picture of
+        # cosines.
+        row = (cycles[part] * angle[part].cos())[..., None] * position + phase[part, :, None]
+        column = (cycles[part] * angle[part].sin())[..., None] * position
+        x, y = torch.polar(torch.ones_like(row), row), torch.polar(torch.ones_like(column), column)
+        tinted = (
+            torch.cat((y.real, -y.imag), dim=1)[:, :, None]
+            * colour[part].repeat(1, 2, 1)[..., None]
+        )
+        waves = torch.einsum("nkch,nkw->nchw", tinted, torch.cat((x.real, x.imag), dim=1))
+        images[part] = waves.mul_(127.5 / 2).add_(127.5).clamp_(0, 255).to(torch.uint8)
+    return TensorSource(
+        labels=labels, class_names=[f"waves {c}" for c in range(SYNTHETIC_CLASSES)], images=images
+    )
+
+
+def _waves(
+    shape: tuple[int, int], channels: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random waves: direction and cycles per picture [*shape], colour [*shape, channels]."""
+    angle = torch.rand(shape, generator=generator) * math.pi
+    cycles = 1 + 3 * torch.rand(shape, generator=generator)
+    colour = torch.rand(*shape, channels, generator=generator) * 2 - 1
+    return angle, cycles, colour

@@ -1,0 +1,122 @@
+"""K-means on features, compared with classes that took no part in it.
+
+Source: arXiv 2304.10520 (version 2) table 6 gives k-means accuracies and no code; this is the
+field's usual reading: k is the number of classes, and clusters are matched to classes one to one
+(Hungarian method) for the accuracy.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor
+
+from maect_fast.evaluation.features import Features
+
+__all__ = ["ClusterScores", "Clustering", "kmeans", "match_clusters", "score_clusters"]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterScores:
+    """Agreement of a clustering with classes; 1 is perfect in each."""
+
+    acc: float
+    """Accuracy under the best one-to-one matching of clusters to classes."""
+    nmi: float
+    """Normalised mutual information, arithmetic mean of the entropies."""
+    ari: float
+    """Adjusted Rand index; 0 is chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """Several k-means runs on the same features."""
+
+    cluster: Tensor
+    """[N] int64: the run of lowest inertia."""
+    runs: tuple[Tensor, ...]
+    """The clusters [N] of every run."""
+
+    def scores(self, label: Tensor) -> tuple[ClusterScores, float]:
+        """Mean of ACC, NMI and ARI over the runs, and the standard deviation of ACC.
+
+        `label` is [N] int64; rows labelled -1 do not count.
+        """
+        known = label >= 0
+        scores = [score_clusters(label[known], run[known]) for run in self.runs]
+        mean = ClusterScores(
+            acc=float(np.mean([s.acc for s in scores])),
+            nmi=float(np.mean([s.nmi for s in scores])),
+            ari=float(np.mean([s.ari for s in scores])),
+        )
+        return mean, float(np.std([s.acc for s in scores]))
+
+
+def kmeans(
+    features: Features, *, num_clusters: int, restarts: int = 10, num_init: int = 10, seed: int = 0
+) -> Clustering:
+    """Cluster the L2-normalised rows; labels are not looked at.
+
+    Accuracy varies by some points between local optima, so there are `restarts` independent runs,
+    whose scores are averaged; each is the best in inertia of `num_init` starts, which is what one
+    call of a user would give.
+
+    Raises:
+        ValueError: fewer rows than clusters, or no cluster or run asked for.
+    """
+    if not 1 <= num_clusters <= len(features):
+        raise ValueError(f"num_clusters: expected 1 to {len(features)} (rows), got {num_clusters}")
+    if restarts < 1:
+        raise ValueError(f"restarts: expected at least 1, got {restarts}")
+    x = F.normalize(features.x, dim=1).numpy()
+    models = [
+        # Seeds 1,000 apart: seed s + 1 must not repeat the later restarts of seed s.
+        KMeans(num_clusters, n_init=num_init, random_state=1000 * seed + i).fit(x)
+        for i in range(restarts)
+    ]
+    runs = tuple(torch.from_numpy(model.labels_.astype(np.int64)) for model in models)
+    best = int(np.argmin([model.inertia_ for model in models]))
+    return Clustering(cluster=runs[best], runs=runs)
+
+
+def match_clusters(label: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
+    """One-to-one matching of clusters to classes that keeps the most images.
+
+    Args:
+        label: [N] int64, all 0 or more.
+        cluster: [N] int64, all 0 or more.
+
+    Returns:
+        confusion: [S, S] int64 with S = max(classes, clusters): images of class (row) in the
+            cluster matched to it (column); the trace counts the matched images.
+        order: [S] int64, the cluster in each column.
+    """
+    size = int(max(label.max(), cluster.max())) + 1
+    counts: npt.NDArray[np.int64] = np.zeros((size, size), dtype=np.int64)
+    np.add.at(counts, (label.numpy(), cluster.numpy()), 1)
+    _, order = linear_sum_assignment(counts, maximize=True)
+    return torch.from_numpy(counts[:, order]), torch.from_numpy(order)
+
+
+def score_clusters(label: Tensor, cluster: Tensor) -> ClusterScores:
+    """ACC, NMI and ARI of one clustering; label and cluster [N] int64, all 0 or more.
+
+    Raises:
+        ValueError: no rows, or different lengths.
+    """
+    if len(label) == 0 or label.shape != cluster.shape:
+        raise ValueError(
+            f"expected labels and clusters [N] with N >= 1, got {list(label.shape)} and "
+            f"{list(cluster.shape)}"
+        )
+    confusion, _ = match_clusters(label, cluster)
+    return ClusterScores(
+        acc=int(confusion.trace()) / len(label),
+        nmi=float(normalized_mutual_info_score(label.numpy(), cluster.numpy())),
+        ari=float(adjusted_rand_score(label.numpy(), cluster.numpy())),
+    )

@@ -1,0 +1,359 @@
+"""The ViT encoder with MAE's token dropping, on timm's modules.
+
+B images, C channels, p patch side, L = h * w patches, N kept patches, D width.
+
+Source: He et al., "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377);
+ml-jku/MAE-CT: models/vit/vit_mae.py, models/vit/mask_generators; facebookresearch/mae:
+models_mae.py.
+"""
+
+from typing import Literal, NamedTuple, Self
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.models import is_model_in_modules
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from maect_fast.config import EncoderConfig
+from maect_fast.kernels._common.philox import philox_uniform
+
+__all__ = [
+    "Encoder",
+    "Masking",
+    "gather_patches",
+    "init_weights",
+    "masking_noise",
+    "paste_patches",
+    "pool",
+    "random_masking",
+    "sincos_pos_embed",
+]
+
+NORM_EPS = 1e-6
+# Added to the run's seed, so that masks, neighbour picks and crops are separate streams.
+MASKING_STREAM = 1 << 32
+
+
+class Encoder(nn.Module):
+    """A plain pre-norm ViT with a class token and fixed sin-cos positions.
+
+    State-dict names equal those of ml-jku/MAE-CT's files: `cls_token` [1, 1, D], `pos_embed` [1, L,
+    D] (a buffer without a row for the class token), `patch_embed.proj.*`, `blocks.i.*`, `norm.*`.
+
+    Args:
+        config: a timm model name, and what to override of it.
+
+    Raises:
+        ValueError: the name is no timm model, or a ViT that has more than a plain one; the message
+            says what.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        vit = _build_vit(config)
+        self.config = config
+        self.embed_dim: int = vit.embed_dim
+        self.depth: int = len(vit.blocks)
+        self.img_size = config.img_size
+        self.in_chans = config.in_chans
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.grid_size: int = vit.patch_embed.grid_size[0]
+        self.num_patches: int = vit.patch_embed.num_patches
+        self.num_frozen = 0
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
+        self.register_buffer("pos_embed", sincos_pos_embed(self.embed_dim, self.grid_size))
+        self.patch_embed = vit.patch_embed
+        self.blocks = vit.blocks
+        self.norm = vit.norm
+
+        init_weights(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+        # The bias keeps Conv2d's default, as in both official programs.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.detach().flatten(1))
+
+    def freeze(self, num_blocks: int | None) -> None:
+        """Stop the training of the lowest layers, and of those only.
+
+        Frozen layers run without autograd and in eval mode, whatever `train()` says.
+
+        Args:
+            num_blocks: 0 freezes nothing; k the stem (patch_embed, cls_token) and blocks[:k]; None
+                everything including the final norm.
+
+        Raises:
+            ValueError: there are fewer blocks.
+        """
+        if num_blocks is not None and not 0 <= num_blocks <= self.depth:
+            raise ValueError(f"frozen_blocks: expected 0 to {self.depth} blocks, got {num_blocks}")
+        self.num_frozen = self.depth + 1 if num_blocks is None else num_blocks
+        self.requires_grad_(True)
+        self.cls_token.requires_grad_(self.num_frozen == 0)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the layers that are not frozen."""
+        super().train(mode and self.num_frozen <= self.depth)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encode the images, or their kept patches.
+
+        Args:
+            images: [B, C, H, W] normalised; no gradient is needed for them.
+            ids_keep: [B, N] patches to encode; None encodes all L in their own order.
+
+        Returns:
+            [B, 1 + N, D] tokens after the final norm, the class token first. Autograd reaches down
+            to the first layer that is not frozen.
+        """
+        num_frozen_blocks = min(self.num_frozen, self.depth)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen == 0):
+            tokens = self.embed(images, ids_keep)
+        with torch.no_grad():
+            for i in range(num_frozen_blocks):
+                tokens = self.blocks[i](tokens)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen <= self.depth):
+            for i in range(num_frozen_blocks, self.depth):
+                tokens = self.blocks[i](tokens)
+            return self.norm(tokens)  # type: ignore[no-any-return]
+
+    def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Embed the patches, add their positions, prepend the class token, which has no position.
+
+        Args and result are those of `forward`, before the first block.
+
+        Raises:
+            ValueError: images of another size than the configured one.
+        """
+        expected = [len(images), self.in_chans, self.img_size, self.img_size]
+        if list(images.shape) != expected:
+            raise ValueError(f"images: expected {expected}, got {list(images.shape)}")
+        if ids_keep is None:
+            tokens = self.patch_embed(images) + self.pos_embed
+        else:
+            # Gathering pixels instead of embeddings makes this GEMM L / N times smaller.
+            patches = gather_patches(images, ids_keep, self.patch_size)  # [B, N, C, p, p]
+            proj = self.patch_embed.proj
+            tokens = F.linear(patches.flatten(2), proj.weight.flatten(1), proj.bias)
+            tokens = tokens + self.pos_embed[0, ids_keep]
+        cls_token = self.cls_token.expand(len(tokens), -1, -1)
+        return torch.cat([cls_token, tokens], dim=1)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        """The modules that `freeze` turned off, lowest first."""
+        modules = [self.patch_embed, *self.blocks, self.norm]
+        return modules[: self.num_frozen + 1] if self.num_frozen else []
+
+
+def pool(tokens: Tensor, pooling: Literal["class_token", "mean_patch"]) -> Tensor:
+    """Reduce the encoder's tokens [B, 1 + N, D] to one feature per image [B, D].
+
+    `class_token` is token 0, `mean_patch` the mean of the others, both after the final norm.
+    """
+    if pooling == "class_token":
+        return tokens[:, 0]
+    return tokens[:, 1:].mean(dim=1)
+
+
+class Masking(NamedTuple):
+    """A random split of every image's patches into kept and removed ones."""
+
+    ids_keep: Tensor
+    """[B, N] int64, the patches that the encoder sees, in shuffled order."""
+    ids_removed: Tensor
+    """[B, L - N] int64, the others."""
+    ids_restore: Tensor
+    """[B, L] int64, position of every patch in `cat([ids_keep, ids_removed])`."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, L] float, 0 = kept, 1 = removed (MAE's polarity)."""
+        return (self.ids_restore >= self.ids_keep.shape[1]).float()
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
+    """Keep the `int(L * (1 - mask_ratio))` patches of lowest noise.
+
+    Args:
+        noise: [B, L], see `masking_noise`.
+        mask_ratio: share of the patches to remove.
+    """
+    num_keep = int(noise.shape[1] * (1 - mask_ratio))
+    # Stable, because 24-bit noise has ties and their order must not depend on the device.
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return Masking(ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep:], ids_restore)
+
+
+def masking_noise(
+    num_views: int,
+    num_rows: int,
+    num_patches: int,
+    *,
+    seed: int,
+    step: int | Tensor,
+    first_row: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Uniform noise [V * n, L] fp32 in [0, 1), view-major.
+
+    A pure function of (seed, global row, view, step, patch): world size and device do not enter.
+
+    Args:
+        num_views: V.
+        num_rows: n, images of this rank.
+        num_patches: L.
+        seed: the run's seed.
+        step: number of the update; an int or a 0-d tensor on `device`.
+        first_row: position of this rank's first image in the global batch.
+        device: where the noise is needed.
+    """
+    view = torch.arange(num_views, device=device)[:, None, None]
+    row = torch.arange(first_row, first_row + num_rows, device=device)[:, None]
+    quad = torch.arange(-(-num_patches // 4), device=device)
+    noise = philox_uniform(seed + MASKING_STREAM, (row, view, step, quad))  # [V, n, L / 4, 4] fp32
+    return noise.flatten(2)[..., :num_patches].flatten(0, 1)
+
+
+def gather_patches(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    """Pixels of the chosen patches: images [B, C, H, W], ids [B, N] -> [B, N, C, p, p]."""
+    grid_width = images.shape[3] // patch_size
+    row = torch.arange(len(images), device=images.device)[:, None]
+    return _patch_view(images, patch_size)[row, ids // grid_width, ids % grid_width]
+
+
+def paste_patches(images: Tensor, ids: Tensor, pixels: Tensor, patch_size: int) -> Tensor:
+    """Copy of images [B, C, H, W] with patches ids [B, N] replaced by pixels [B, N, p * p * C]."""
+    images = images.clone()
+    row = torch.arange(len(images), device=images.device)[:, None]
+    pixels = pixels.view(*ids.shape, patch_size, patch_size, -1).permute(0, 1, 4, 2, 3)
+    patches, grid_width = _patch_view(images, patch_size), images.shape[3] // patch_size
+    patches[row, ids // grid_width, ids % grid_width] = pixels.to(images.dtype)
+    return images
+
+
+def _patch_view(images: Tensor, patch_size: int) -> Tensor:
+    """View of images [B, C, H, W] as patches [B, h, w, C, p, p]."""
+    B, C, H, W = images.shape
+    patches = images.view(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return patches.permute(0, 2, 4, 1, 3, 5)
+
+
+def sincos_pos_embed(dim: int, grid_size: int) -> Tensor:
+    """Fixed 2-D positions of a square grid, row by row: [1, grid_size**2, dim] fp32.
+
+    The first half of a row encodes the column w, the second half the row h; each half is [sin |
+    cos] of `position * omega_i` with `omega_i = 10000 ** (-i / (dim / 4))`.
+
+    Raises:
+        ValueError: `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"embed_dim: expected a multiple of 4 for sin-cos positions, got {dim}")
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = torch.outer(torch.arange(grid_size, dtype=torch.float64), omega)
+    encoded = torch.cat([angle.sin(), angle.cos()], dim=1)  # [grid_size, dim / 2] fp64
+    w = encoded.expand(grid_size, -1, -1)
+    h = encoded[:, None].expand(-1, grid_size, -1)
+    return torch.cat([w, h], dim=2).flatten(0, 1)[None].float()
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's: Linear xavier-uniform (qkv as one matrix) with zero bias, LayerNorm 1 and 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def _build_vit(config: EncoderConfig) -> VisionTransformer:
+    """Build timm's model and refuse what is not a plain ViT."""
+    name = config.name
+    if not timm.is_model(name):
+        raise ValueError(f"encoder.name: timm has no model {name!r}")
+    if not is_model_in_modules(name, {"vision_transformer", "deit"}):
+        raise ValueError(f"encoder.name: {name} is not one of timm's plain ViTs")
+    overrides = {
+        key: value
+        for key in ("patch_size", "embed_dim", "depth", "num_heads")
+        if (value := getattr(config, key)) is not None
+    }
+    embed_dim, num_heads = config.embed_dim, config.num_heads
+    if embed_dim is not None and num_heads is not None and embed_dim % num_heads:
+        raise ValueError(f"encoder.embed_dim: {embed_dim} is no multiple of num_heads {num_heads}")
+    vit = timm.create_model(
+        name,
+        pretrained=False,
+        img_size=config.img_size,
+        in_chans=config.in_chans,
+        num_classes=0,
+        weight_init="skip",
+        **overrides,
+    )
+    if type(vit) is not VisionTransformer:
+        raise ValueError(f"encoder.name: {name} is no plain ViT: it is a {type(vit).__name__}")
+    if reason := _not_plain(vit):
+        raise ValueError(f"encoder.name: {name} is no plain ViT: {reason}")
+    patch_size = vit.patch_embed.patch_size[0]
+    if config.img_size % patch_size:
+        raise ValueError(
+            f"encoder.img_size: expected a multiple of the patch size {patch_size}, "
+            f"got {config.img_size}"
+        )
+    return vit
+
+
+def _not_plain(vit: VisionTransformer) -> str | None:
+    """Say what this ViT has beyond, or lacks of, the one of the paper; None for a plain one."""
+    if vit.cls_token is None:
+        return "it has no class token"
+    if vit.reg_token is not None:
+        return "it has register tokens"
+    if not isinstance(vit.norm_pre, nn.Identity):
+        return "it normalises the tokens before the first block"
+    if not isinstance(vit.patch_embed.norm, nn.Identity):
+        return "it normalises the patch embedding"
+    if not _is_layer_norm(vit.norm):
+        return f"its final norm is not a LayerNorm with eps {NORM_EPS}"
+    return next((reason for block in vit.blocks if (reason := _not_plain_block(block))), None)
+
+
+def _not_plain_block(block: nn.Module) -> str | None:
+    """The same for one block."""
+    if type(block) is not Block:
+        return f"its blocks are {type(block).__name__}"
+    if not isinstance(block.ls1, nn.Identity):
+        return "its blocks have LayerScale"
+    if not (_is_layer_norm(block.norm1) and _is_layer_norm(block.norm2)):
+        return f"its norms are not LayerNorms with eps {NORM_EPS}"
+    attn, mlp = block.attn, block.mlp
+    if type(attn) is not Attention:
+        return f"its attention is {type(attn).__name__}"
+    if attn.qkv.bias is None:
+        return "its attention has no qkv bias"
+    extras = (attn.q_norm, attn.k_norm, attn.norm)
+    if attn.gate is not None or not all(isinstance(extra, nn.Identity) for extra in extras):
+        return "its attention is gated or normalised (qk-norm)"
+    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
+        return f"its MLP is {type(mlp).__name__} or normalised"
+    if not isinstance(mlp.act, nn.GELU) or mlp.act.approximate != "none":
+        return f"its activation is not the exact GELU ({mlp.act})"
+    return None
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) and module.eps == NORM_EPS and module.bias is not None

@@ -1,0 +1,120 @@
+"""What the ranks of a run exchange.
+
+Conventions: `group` None means one process and no communication. The local loss is the mean over
+    the local rows and
+DDP averages gradients over ranks, so a differentiable sum over ranks has the sum over ranks as its
+backward; then one process with a batch of 2n and two with n each take the same step.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from maect_fast.kernels._common.collectives import all_gather_rows, all_reduce_sum
+
+__all__ = ["SyncBatchNorm1d", "World", "all_gather_rows", "init_world", "resolve_device"]
+
+# A rank may wait this long for the others, e.g. while rank 0 writes a checkpoint or a report.
+TIMEOUT = datetime.timedelta(minutes=30)
+# Of the running statistics, torch's default.
+MOMENTUM = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's place among the ranks of the run."""
+
+    rank: int
+    """Number of this process, 0 writes files."""
+    size: int
+    """Number of processes."""
+    local_rank: int
+    """Number of this process on its machine, and of its GPU."""
+    group: dist.ProcessGroup | None
+    """All ranks, or None for a single process."""
+    device: torch.device
+    """Where this rank computes."""
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.group is not None:
+            dist.destroy_process_group()
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here: auto is CUDA where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def init_world(device: str) -> World:
+    """Join the ranks that torchrun started; without torchrun, a world of one.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK; torch reads MASTER_ADDR and MASTER_PORT. A second call
+    gives the same world.
+
+    Args:
+        device: "auto", "cpu" (gloo) or "cuda" (NCCL, one GPU per local rank).
+    """
+    place = resolve_device(device)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if place.type == "cuda":
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return World(rank=0, size=1, local_rank=local_rank, group=None, device=place)
+    if not dist.is_initialized():
+        cuda = place.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=place if cuda else None
+        )
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        local_rank=local_rank,
+        group=dist.group.WORLD,
+        device=place,
+    )
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d over the rows of all ranks; without a group, or in eval mode, torch's own.
+
+    torch's SyncBatchNorm refuses CPU tensors; this one runs on gloo too. Statistics are fp32, the
+    state dict is that of `nn.BatchNorm1d`, and every rank must bring the same number of rows.
+
+    Args:
+        num_features: D of the input [n, D].
+        group: the ranks that share statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(num_features, momentum=MOMENTUM)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [n, D]. Its gradient is that of the sum of all ranks' losses."""
+        if self.group is None or not self.training:
+            return super().forward(x)
+        num_ranks = dist.get_world_size(self.group)
+        num_rows = num_ranks * len(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Two passes, as E[x^2] - E[x]^2 cancels where a feature's mean is large against its spread.
+        mean = all_reduce_sum(wide.mean(0), self.group) / num_ranks
+        centred = wide - mean
+        var = all_reduce_sum(centred.square().mean(0), self.group) / num_ranks
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, MOMENTUM)
+            self.running_var.lerp_(var * (num_rows / (num_rows - 1)), MOMENTUM)
+        normalized = centred * (var + self.eps).rsqrt() * self.weight + self.bias
+        return normalized.to(x.dtype)

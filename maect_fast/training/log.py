@@ -1,0 +1,102 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+from maect_fast.checkpoint import write_atomically
+
+__all__ = ["RunLog", "read_metrics"]
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+class RunLog:
+    """Writes one run's metrics from update `start` of `total` on.
+
+    A resumed run drops what an earlier process wrote beyond `start`, so that every update appears
+    once. `active=False` (ranks above 0) writes nothing.
+    """
+
+    def __init__(self, folder: Path, *, title: str, start: int, total: int, active: bool = True):
+        self.active = active
+        if not active:
+            return
+        # Takes seconds to import, and only this class needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [line for line in read_metrics(folder) if line["update"] <= start]
+        path = folder / "metrics.jsonl"
+        text = "".join(f"{json.dumps(line)}\n" for line in kept)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+        self.title = title
+        self.total = total
+        self.file = path.open("a")
+        self.events = SummaryWriter(str(folder), purge_step=start + 1)
+        self.bar = tqdm(total=total, initial=start, desc=title, unit="update", disable=None)
+        self.began = self.last_line = time.monotonic()
+        self.start = start
+
+    def __enter__(self) -> Self:
+        """Return the log itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close what was opened."""
+        if self.active:
+            self.bar.close()
+            self.events.close()
+            self.file.close()
+
+    def advance(self) -> None:
+        """One more update is done."""
+        if self.active:
+            self.bar.update()
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Record the averages since the last call; `metrics` holds update, epoch, loss, ..."""
+        if not self.active:
+            return
+        self.file.write(f"{json.dumps(metrics)}\n")
+        self.file.flush()
+        update = int(metrics["update"])
+        for name, value in metrics.items():
+            if name not in ("update", "epoch"):
+                self.events.add_scalar(name, value, update)
+        shown = {"loss": f"{metrics['loss']:.4f}"}
+        if "nn_accuracy" in metrics:
+            shown["nn_accuracy"] = f"{metrics['nn_accuracy']:.3f}"
+        shown["images/s"] = f"{metrics['images_per_second']:.0f}"
+        self.bar.set_postfix(shown, refresh=False)
+        if self.bar.disable:
+            self._line(update, shown)
+
+    def _line(self, update: int, shown: dict[str, str]) -> None:
+        """A plain line for files and pipes, where a bar would be noise."""
+        now = time.monotonic()
+        if now - self.last_line < SECONDS_BETWEEN_LINES and update < self.total:
+            return
+        self.last_line = now
+        left = (now - self.began) / (update - self.start) * (self.total - update)
+        figures = "  ".join(f"{name} {value}" for name, value in shown.items())
+        line = f"{self.title}  update {update}/{self.total}  {figures}  ETA {left:.0f} s"
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 (the progress display)

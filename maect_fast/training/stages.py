@@ -1,0 +1,190 @@
+"""The three stages of MAE-CT: what each trains and where its weights come from.
+
+1. `pretrain`: encoder and decoder learn by reconstruction.
+2. `prepare-head`: on the frozen encoder, an NNCLR head learns and fills its queue.
+3. `tune`: the upper blocks and the head learn by contrast with neighbours from the queue.
+
+Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: yamls/stage1_mae, stage2_*, stage3_*.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maect_fast.checkpoint import CheckpointError, load_checkpoint
+from maect_fast.config import Config, ConfigError
+from maect_fast.convert import load_encoder
+from maect_fast.models.maect import (
+    ContrastiveModel,
+    PretrainModel,
+    build_contrastive,
+    build_pretrain,
+)
+from maect_fast.training.distributed import World
+from maect_fast.training.ema import EncoderEma
+from maect_fast.training.optim import build_optimizer, param_groups, set_lr
+from maect_fast.training.schedule import warmup_cosine
+
+__all__ = ["StageState", "build_stage", "last_checkpoint", "start_weights"]
+
+StageModel = PretrainModel | ContrastiveModel
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The checkpoint from which a run continues, and which the next stage starts from."""
+    return run / "checkpoints" / "last.pt"
+
+
+@dataclass(slots=True)
+class StageState:
+    """Everything that changes during a run, and so everything that a checkpoint holds."""
+
+    config: Config
+    model: StageModel
+    optimizer: torch.optim.Optimizer
+    encoder_ema: EncoderEma | None
+    total: int
+    """Updates of the whole run."""
+    update: int = 0
+    """Updates done."""
+
+    def lr_factor(self) -> float:
+        """Schedule factor of the next update, in (0, 1]."""
+        warmup = int(self.config.optim.warmup * self.total)
+        return warmup_cosine(self.update, total=self.total, warmup=warmup)
+
+    def apply_gradients(self) -> None:
+        """One optimiser update at the scheduled rate, then both EMAs."""
+        set_lr(self.optimizer, self.lr_factor())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.model, ContrastiveModel):
+            self.model.head.update_target()
+        if self.encoder_ema is not None:
+            self.encoder_ema.update(self.model.encoder)
+        self.update += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The part of a checkpoint that is alike on all ranks."""
+        return {
+            "stage": self.config.stage,
+            "update": self.update,
+            "total": self.total,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "encoder_ema": None if self.encoder_ema is None else self.encoder_ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.encoder_ema is not None:
+            self.encoder_ema.load_state_dict(state["encoder_ema"])
+        self.update = state["update"]
+
+
+def build_stage(config: Config, world: World, *, total: int) -> StageState:
+    """Model, optimiser and EMA of `config.stage`, with initial weights drawn from `config.seed`.
+
+    The encoder EMA starts as a copy of the encoder: call `start_weights` before, or load a state.
+    """
+    model: StageModel
+    try:
+        if config.stage == "pretrain":
+            model = build_pretrain(config, world)
+        else:
+            model = build_contrastive(config, world)
+            frozen = None if config.stage == "prepare-head" else config.frozen_blocks
+            model.encoder.freeze(frozen)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    model.to(world.device).train()
+    scale = config.batch_size * config.num_views / 256
+    groups = param_groups(model, config.optim, lr_scale=scale)
+    optimizer = build_optimizer(groups, config.optim)
+    ema = None if config.encoder_ema is None else EncoderEma(model.encoder, config.encoder_ema)
+    return StageState(config, model, optimizer, ema, total)
+
+
+def start_weights(
+    state: StageState, *, init: Path | None, decoder: Path | None = None
+) -> list[str]:
+    """Fill a new run's model from the previous stage. Returns lines that say what was taken.
+
+    Args:
+        state: a freshly built stage.
+        init: a run directory of the previous stage; for `pretrain` and `prepare-head` also a file
+            with an encoder's weights (facebook MAE, MAE-CT, timm). None keeps the random weights.
+        decoder: for `tune` with a reconstruction loss: the pretrain run whose decoder to use.
+    """
+    config, model = state.config, state.model
+    lines = []
+    if init is not None and init.is_dir():
+        previous = _previous(init, config)
+        lines.append(f"encoder from {init} ({previous['stage']})")
+        _load(model.encoder, _part(previous["model"], "encoder."), "encoder", init)
+        if config.stage == "tune" and isinstance(model, ContrastiveModel):
+            # Projector, predictor, batch statistics and the filled queue go on as they are; the
+            # target projector, which stage 2 does not have, starts as a copy of the projector.
+            head = _part(previous["model"], "head.")
+            own = model.head.state_dict()
+            head |= {k: v for k, v in own.items() if k.startswith("target_projector.")}
+            _load(model.head, head, "head", init)
+            model.head.start_target()
+            lines.append(f"head and queue from {init}")
+    elif init is not None:
+        lines += load_encoder(model.encoder, init)
+    if config.stage == "tune" and config.reconstruction_weight > 0:
+        if decoder is None:
+            raise CheckpointError(
+                "reconstruction_weight is above 0: give the pretrain run with --decoder RUN"
+            )
+        states = load_checkpoint(last_checkpoint(decoder))["model"]
+        assert isinstance(model, ContrastiveModel)
+        assert model.decoder is not None
+        _load(model.decoder, _part(states, "decoder."), "decoder", decoder)
+        lines.append(f"decoder from {decoder}")
+    if state.encoder_ema is not None:
+        state.encoder_ema.load_state_dict(model.encoder.state_dict())
+    return lines
+
+
+def _previous(run: Path, config: Config) -> dict[str, Any]:
+    """Load a finished run of the stage that `config.stage` follows."""
+    wanted = {"pretrain": "pretrain", "prepare-head": "pretrain", "tune": "prepare-head"}
+    state = load_checkpoint(last_checkpoint(run))
+    if state["stage"] != wanted[config.stage]:
+        raise CheckpointError(
+            f"{run}: {config.stage} starts from a {wanted[config.stage]} run, "
+            f"this is a {state['stage']} run"
+        )
+    if state["update"] < state["total"]:
+        raise CheckpointError(
+            f"{run}: unfinished ({state['update']} of {state['total']} updates); "
+            f"continue it first: maect-fast {state['stage']} --out {run}"
+        )
+    return state
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Entries below `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], name: str, run: Path) -> None:
+    """Load strictly; a mismatch is the user's to mend, so it is told in one line."""
+    own = module.state_dict()
+    for key in sorted(own.keys() | state.keys()):
+        if key not in own or key not in state:
+            side = "this configuration" if key not in own else str(run)
+            raise CheckpointError(f"{run}: {name}.{key} is not in {side}; use the same {name}.*")
+        if own[key].shape != state[key].shape:
+            raise CheckpointError(
+                f"{run}: {name}.{key} has shape {list(state[key].shape)}, this configuration "
+                f"expects {list(own[key].shape)}; use the same {name}.* settings in both stages"
+            )
+    module.load_state_dict(state)

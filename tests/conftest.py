@@ -1,0 +1,45 @@
+import os
+
+# Before torch: its thread pools are sized once. Child processes of the tests inherit all three.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# cuBLAS repeats itself bitwise only with a fixed workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is decorated, so it comes before any import of a kernel.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append("cuda")
+
+
+@pytest.fixture(
+    params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Uninitialised memory is NaN (integers: the largest), so forgetting to write is caught."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -1,0 +1,716 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from maect_fast.kernels import attention, masked_attention
+from maect_fast.kernels.masked_attention import op, reference
+from maect_fast.testing import assert_within_budget, random_qkv
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+NAN, INF = float("nan"), float("inf")
+BACKENDS = ["auto", "reference"]
+MODES = ["dense", "seqlens", "keep", "key_mask", "seqlens+key_mask", "keep+key_mask", "cu_seqlens"]
+NAMES = ["keep", "seqlens", "cu_seqlens", "max_seqlen", "key_mask"]
+SCALE = 0.3
+
+
+def make_mode(mode: str, B: int, N: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Arguments of a mode; the first sample is whole, the second has no tokens or no keys."""
+    generator = torch.Generator().manual_seed(N)
+    made: dict[str, Any] = {}
+    if "seqlens" in mode.split("+"):
+        # Beyond both ends, so that the clamp is seen.
+        lengths = [N + 3, -2, *torch.randint(1, max(2, N), (B,), generator=generator).tolist()]
+        made["seqlens"] = torch.tensor(lengths[:B], device=device)
+    if "keep" in mode:
+        orders = [torch.randperm(N, generator=generator) for _ in range(B)]
+        kept = torch.stack(orders)[:, : max(1, N // 4)]
+        made["keep"] = kept.to(device, torch.int32 if "+" in mode else torch.int64)
+    if "key_mask" in mode:
+        key_mask = torch.rand(B, N, generator=generator) < 0.6
+        key_mask[0], key_mask[1] = True, False
+        made["key_mask"] = key_mask.to(device)
+    if mode == "cu_seqlens":
+        # A whole segment, an empty one, the others shorter, and rows that belong to none.
+        lengths = [N, 0, *torch.randint(1, N + 1, (B,), generator=generator).tolist()][:B]
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        made["cu_seqlens"] = bounds.to(device, torch.int32)
+        made["max_seqlen"] = N + 2
+    return made
+
+
+def make_qkv(mode: str, B: int, N: int, **options: Any) -> Tensor:
+    leading = (B * N,) if mode == "cu_seqlens" else (B, N)
+    return random_qkv(*leading, **{"heads": 2, "dim": 16} | options)
+
+
+def positional(arguments: dict[str, Any], scale: float = SCALE) -> tuple[Any, ...]:
+    return *(arguments.get(name) for name in NAMES), scale
+
+
+def run(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], **arguments: Any
+) -> tuple[Tensor, ...]:
+    """Output and gradients, for an upstream gradient that depends on nothing but the shape."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    o = function(*leaves, **arguments)
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(7)).to(o)
+    return o.detach(), *torch.autograd.grad(o, leaves, do)
+
+
+def assert_matches_reference(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], **arguments: Any
+) -> None:
+    results = run(function, inputs, **arguments)
+    eager = run(function, inputs, backend="reference", **arguments)
+    ref64 = run(function, tuple(x.double() for x in inputs), backend="reference", **arguments)
+    names = ["o", *(f"gradient {i}" for i in range(len(inputs)))]
+    for name, kernel, same_dtype, exact in zip(names, results, eager, ref64, strict=True):
+        assert_within_budget(kernel, same_dtype, exact, name=name)
+
+
+def outside(mode: str, arguments: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
+    """True where a row of the input belongs to no sample."""
+    result = torch.zeros(rows, dtype=torch.bool)
+    if "cu_seqlens" in arguments:
+        result[arguments["cu_seqlens"][-1] :] = True
+    elif "keep" in arguments:
+        result = torch.ones(rows, dtype=torch.bool)
+        result.scatter_(1, arguments["keep"].cpu().long(), False)
+    elif "seqlens" in arguments:
+        result = torch.arange(rows[1]) >= arguments["seqlens"].cpu()[:, None]
+    return result
+
+
+@pytest.fixture(params=["sdpa", "math"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels of the CPU and, forced, those of other devices."""
+    if request.param == "math":
+        monkeypatch.setattr(op, "_sdpa_forward", op._math_forward)
+        monkeypatch.setattr(op, "_sdpa_backward", op._math_backward)
+    return str(request.param)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1.0, None])
+def test_hand_made_numbers(backend: str, scale: float | None, device: torch.device) -> None:
+    log3 = math.log(3) * (1 if scale == 1.0 else math.sqrt(2))
+    q = [[1.0, 0.0], [0.0, 1.0]]
+    k = [[log3, 0.0], [0.0, 0.0]]
+    v = [[4.0, 0.0], [0.0, 8.0]]
+    qkv = torch.tensor([q, k, v], device=device).transpose(0, 1)[None, :, :, None]
+    # Row 0 has weights 3/4 and 1/4, row 1 equal ones.
+    expected = torch.tensor([[3.0, 2.0], [2.0, 4.0]], device=device)[None, :, None]
+    result = masked_attention(qkv, scale=scale, backend=backend)  # type: ignore[arg-type]
+    torch.testing.assert_close(result, expected)
+    mask = torch.tensor([[False, True]], device=device)
+    result = masked_attention(qkv, scale=scale, key_mask=mask, backend=backend)  # type: ignore[arg-type]
+    torch.testing.assert_close(result, torch.tensor([0.0, 8.0], device=device).expand(1, 2, 1, 2))
+
+
+def test_lse_by_hand() -> None:
+    qkv = torch.zeros(2, 3, 3, 1, 8)
+    qkv[:, :, :2] = 1  # every score is 8 * scale
+    seqlens = torch.tensor([3, 2])
+    key_mask = torch.tensor([[True, True, True], [False, False, True]])
+    expected = torch.tensor([[[2 + math.log(3)] * 3], [[-INF] * 3]])
+    for forward in (reference.masked_attention, op.masked_attention_fwd):
+        lse = forward(qkv, None, seqlens, None, None, key_mask, 0.25)[1]
+        torch.testing.assert_close(lse, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N", [1, 50, 65, 197, 257])
+@pytest.mark.parametrize("mode", MODES)
+def test_matches_reference(mode: str, N: int, dtype: torch.dtype, device: torch.device) -> None:
+    qkv = make_qkv(mode, 3, N, dtype=dtype, device=device)
+    assert_matches_reference(masked_attention, (qkv,), scale=SCALE, **make_mode(mode, 3, N, device))
+
+
+@pytest.mark.parametrize("dim", [8, 64, 80])
+def test_head_dims_with_the_default_scale(dim: int, device: torch.device) -> None:
+    qkv = make_qkv("dense", 2, 17, dim=dim, heads=3, device=device)
+    assert_matches_reference(masked_attention, (qkv,))
+    expected = masked_attention(qkv, scale=dim**-0.5)
+    assert torch.equal(masked_attention(qkv), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N", [1, 33])
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels_of_other_devices_match_reference(
+    mode: str, N: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "_sdpa_forward", op._math_forward)
+    monkeypatch.setattr(op, "_sdpa_backward", op._math_backward)
+    qkv = make_qkv(mode, 3, N, dtype=dtype)
+    assert_matches_reference(masked_attention, (qkv,), scale=SCALE, **make_mode(mode, 3, N))
+
+
+def test_autocast_changes_nothing(path: str) -> None:
+    qkv = make_qkv("dense", 2, 5)
+    expected = masked_attention(qkv)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = masked_attention(qkv)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_separate_equals_packed(mode: str, device: torch.device) -> None:
+    # Where lengths bound the queries the two differ, and so do rows beyond them.
+    qkv = make_qkv(mode, 3, 9, device=device)
+    arguments = make_mode(mode, 3, 9, device) | {"scale": SCALE}
+    o, dqkv = run(masked_attention, (qkv,), **arguments)
+    o3, *gradients = run(attention, qkv.unbind(-3), **arguments)
+    if "seqlens" in mode.split("+"):
+        padding = outside(mode, arguments, (3, 9)).to(device)
+        assert padding.any()
+        assert o3[padding].any()
+        assert torch.equal(o[~padding], o3[~padding])
+    else:
+        assert torch.equal(o, o3)
+        assert torch.equal(dqkv, torch.stack(gradients, -3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["dense", "seqlens", "key_mask", "seqlens+key_mask"])
+@pytest.mark.parametrize(("M", "N"), [(1, 65), (1, 2), (7, 50), (50, 7)])
+def test_other_numbers_of_queries(
+    M: int, N: int, mode: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    q = random_qkv(3, M, heads=2, dim=16, dtype=dtype, device=device, seed=1)[:, :, 0]
+    _, k, v = random_qkv(3, N, heads=2, dim=16, dtype=dtype, device=device).unbind(2)
+    assert_matches_reference(attention, (q, k, v), scale=SCALE, **make_mode(mode, 3, N, device))
+
+
+@pytest.mark.parametrize("mode", ["dense", "key_mask"])
+def test_class_token_query_is_the_first_row(mode: str, device: torch.device) -> None:
+    qkv = make_qkv(mode, 3, 50, device=device, dtype=torch.float64)
+    arguments = make_mode(mode, 3, 50, device)
+
+    def class_token(x: Tensor, **modes: Any) -> Tensor:
+        return attention(x[:, :1, 0], x[:, :, 1], x[:, :, 2], **modes)
+
+    def first_row(x: Tensor, **modes: Any) -> Tensor:
+        return masked_attention(x, **modes)[:, :1]
+
+    expected = run(first_row, (qkv,), **arguments)
+    torch.testing.assert_close(run(class_token, (qkv,), **arguments), expected)
+
+
+def test_dense_on_cpu_is_sdpa_bit_for_bit() -> None:
+    qkv = make_qkv("dense", 2, 65, heads=3)
+
+    def sdpa(x: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=SCALE).transpose(1, 2)
+
+    for ours, theirs in zip(
+        run(masked_attention, (qkv,), scale=SCALE), run(sdpa, (qkv,)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradcheck(mode: str, backend: str, path: str) -> None:
+    if backend == "reference" and path == "math":
+        pytest.skip("the reference has one path")
+    qkv = make_qkv(mode, 3, 3, heads=1, dim=2, dtype=torch.float64).requires_grad_()
+    arguments = make_mode(mode, 3, 3) | {"scale": SCALE, "backend": backend}
+    assert torch.autograd.gradcheck(lambda x: masked_attention(x, **arguments), qkv)
+    separate = [x.detach().clone().requires_grad_() for x in qkv.unbind(-3)]
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, **arguments), separate)
+
+
+# Edge cases
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_what_takes_no_part_goes_nowhere(
+    mode: str, backend: str, device: torch.device, path: str
+) -> None:
+    B, N = 4, 9
+    clean = make_qkv(mode, B, N, device=device)
+    arguments = make_mode(mode, B, N, device) | {"scale": SCALE, "backend": backend}
+    rows = outside(mode, arguments, clean.shape[:-3]).to(device)
+    unused = rows | ~arguments["key_mask"] if "key_mask" in arguments else rows
+    assert unused.any()
+    garbage = torch.tensor([NAN, INF, -INF, 1e30], device=device).repeat(4)
+    dirty = clean.clone()
+    dirty[rows] = garbage
+    dirty[..., 1:, :, :][unused] = garbage
+    do = torch.randn(clean.select(-3, 0).shape, device=device)
+    do[rows] = NAN
+
+    results = []
+    for x in (clean, dirty):
+        x.requires_grad_()
+        o = masked_attention(x, **arguments)
+        results.append((o.detach(), *torch.autograd.grad(o, x, do)))
+    (o_clean, d_clean), (o, d) = results
+    assert torch.equal(o, o_clean)
+    assert torch.equal(d, d_clean)
+    assert o.isfinite().all()
+    assert d.isfinite().all()
+    assert not o[rows].any()
+    assert not d[rows].any()
+    assert not d[..., 1:, :, :][unused].any()
+
+
+def test_a_segment_does_not_see_its_neighbours(device: torch.device) -> None:
+    qkv = make_qkv("cu_seqlens", 1, 9, device=device)
+    arguments: dict[str, Any] = {"max_seqlen": 5}
+    arguments["cu_seqlens"] = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    dirty = qkv.clone()
+    dirty[4:] = NAN
+    for clean, spoilt in zip(
+        run(masked_attention, (qkv,), **arguments),
+        run(masked_attention, (dirty,), **arguments),
+        strict=True,
+    ):
+        assert torch.equal(clean[:4], spoilt[:4])
+        assert spoilt[4:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["seqlens", "key_mask", "keep+key_mask"])
+def test_fully_masked_rows(mode: str, backend: str, device: torch.device, path: str) -> None:
+    qkv = make_qkv(mode, 3, 6, device=device)
+    arguments = make_mode(mode, 3, 6, device)
+    o, d = run(masked_attention, (qkv,), backend=backend, **arguments)
+    assert not o[1].any()
+    assert not d[1].any()
+    assert o[0].any()
+    forward = reference.masked_attention if backend == "reference" else op.masked_attention_fwd
+    lse = forward(qkv, *positional(arguments))[1]
+    assert (lse[1] == -INF).all()
+    # The rectangle has them, too.
+    if "keep" not in arguments:
+        o, *gradients = run(attention, qkv.unbind(2), backend=backend, **arguments)
+        assert not any(x[1].any() for x in (o, *gradients))
+
+
+@pytest.mark.parametrize("mode", ["dense", "seqlens", "key_mask", "seqlens+key_mask"])
+def test_lse(mode: str, device: torch.device, path: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv = make_qkv(mode, 3, 65, device=device, dtype=dtype)
+        arguments = positional(make_mode(mode, 3, 65, device))
+        lse = op.masked_attention_fwd(qkv, *arguments)[1]
+        eager = reference.masked_attention(qkv, *arguments)[1]
+        exact = reference.masked_attention(qkv.double(), *arguments)[1]
+        assert lse.dtype == torch.float32
+        assert_within_budget(lse, eager, exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ((0, 5), {}),
+        ((0, 5), {"seqlens": torch.zeros(0, dtype=torch.int64)}),
+        ((0, 5), {"keep": torch.zeros(0, 3, dtype=torch.int64)}),
+        ((0, 5), {"key_mask": torch.zeros(0, 5, dtype=torch.bool)}),
+        ((2, 5), {"keep": torch.zeros(2, 0, dtype=torch.int64)}),
+        ((2, 0), {}),
+        ((0,), {"cu_seqlens": torch.tensor([0, 0, 0], dtype=torch.int32), "max_seqlen": 4}),
+        ((4,), {"cu_seqlens": torch.tensor([0, 0], dtype=torch.int32), "max_seqlen": 0}),
+        ((4,), {"cu_seqlens": torch.tensor([0], dtype=torch.int32), "max_seqlen": 3}),
+    ],
+)
+def test_nothing_in_nothing_out(
+    shape: tuple[int, ...], arguments: dict[str, Any], backend: str
+) -> None:
+    qkv = random_qkv(*shape, heads=2, dim=8)
+    o, d = run(masked_attention, (qkv,), backend=backend, **arguments)
+    assert o.shape == (*shape, 2, 8)
+    assert d.shape == qkv.shape
+    assert not o.any()
+    assert not d.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("M", "N"), [(0, 3), (3, 0)])
+def test_no_queries_or_no_keys(M: int, N: int, backend: str) -> None:
+    q, k, v = torch.randn(2, M, 1, 8), *torch.randn(2, 2, N, 1, 8)
+    o, *gradients = run(attention, (q, k, v), backend=backend)
+    assert o.shape == q.shape
+    assert not o.any()
+    assert not any(g.any() for g in gradients)
+
+
+def test_a_zero_length_tail_changes_nothing() -> None:
+    qkv = make_qkv("cu_seqlens", 2, 8)
+    short = torch.tensor([0, 8, 12], dtype=torch.int32)
+    long = torch.tensor([0, 8, 12, 12, 12], dtype=torch.int32)
+    expected = run(masked_attention, (qkv,), cu_seqlens=short, max_seqlen=8)
+    result = run(masked_attention, (qkv,), cu_seqlens=long, max_seqlen=8)
+    assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+
+
+# Layout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["3BHND", "every other token", "column slice"])
+@pytest.mark.parametrize("mode", ["dense", "keep+key_mask", "seqlens"])
+def test_strided_inputs(mode: str, layout: str, backend: str, device: torch.device) -> None:
+    qkv = make_qkv(mode, 3, 8, device=device)
+    if layout == "3BHND":
+        view = qkv.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
+    elif layout == "every other token":
+        view = qkv.repeat_interleave(2, dim=1)[:, ::2]
+    else:
+        view = nn.functional.pad(qkv, (3, 5))[..., 3:-5]
+    assert not view.is_contiguous()
+    before = view.clone()
+    arguments = make_mode(mode, 3, 8, device) | {"backend": backend}
+    (o, d), expected = (
+        run(masked_attention, (view,), **arguments),
+        run(masked_attention, (qkv,), **arguments),
+    )
+    torch.testing.assert_close((o, d), expected)
+    assert torch.equal(view, before)
+    assert o.is_contiguous()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_is_one_contiguous_buffer(mode: str, device: torch.device) -> None:
+    qkv = make_qkv(mode, 3, 8, device=device).transpose(-3, -2).contiguous().transpose(-3, -2)
+    o, lse = op.masked_attention_fwd(qkv, *positional(make_mode(mode, 3, 8, device)))
+    arguments = positional(make_mode(mode, 3, 8, device))
+    dqkv = op.masked_attention_bwd(torch.ones_like(o), qkv, o, lse, *arguments)
+    assert not qkv.is_contiguous()
+    assert dqkv.is_contiguous()
+    assert dqkv.shape == qkv.shape
+
+
+# Every argument is honoured
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_argument_is_dropped(backend: str, device: torch.device) -> None:
+    qkv = make_qkv("dense", 8, 8, device=device)
+    arguments: dict[str, dict[str, Any]] = {
+        name: make_mode(name, 8, 8, device) for name in ("keep", "seqlens", "key_mask")
+    }
+    arguments["scale"] = {"scale": SCALE}
+    whole = run(masked_attention, (qkv,), backend=backend)
+    for name, given in arguments.items():
+        for dense, result in zip(
+            whole, run(masked_attention, (qkv,), backend=backend, **given), strict=True
+        ):
+            assert not torch.allclose(dense, result), name
+    for mode in ("seqlens", "keep"):
+        both = make_mode(f"{mode}+key_mask", 8, 8, device)
+        without_mask = {name: x for name, x in both.items() if name != "key_mask"}
+        for with_mask, result in zip(
+            run(masked_attention, (qkv,), backend=backend, **both),
+            run(masked_attention, (qkv,), backend=backend, **without_mask),
+            strict=True,
+        ):
+            assert not torch.allclose(with_mask, result), mode
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cu_seqlens_is_not_dropped(backend: str) -> None:
+    qkv = make_qkv("cu_seqlens", 1, 8)
+    results = []
+    for bounds in ([0, 8], [0, 3, 8], [0, 3, 6]):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        results.append(
+            masked_attention(qkv, cu_seqlens=cu_seqlens, max_seqlen=8, backend=backend)  # type: ignore[arg-type]
+        )
+    one, two, cut = results
+    torch.testing.assert_close(one[None], masked_attention(qkv[None]))
+    torch.testing.assert_close(two[None, :3], masked_attention(qkv[None, :3]))
+    torch.testing.assert_close(two[None, 3:], masked_attention(qkv[None, 3:]))
+    torch.testing.assert_close(cut[None, 3:6], masked_attention(qkv[None, 3:6]))
+    assert not cut[6:].any()
+
+
+def test_max_seqlen_is_the_padded_length() -> None:
+    qkv = make_qkv("cu_seqlens", 1, 8)
+    cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
+    for max_seqlen in (5, 9):
+        arguments = (qkv, None, None, cu_seqlens, max_seqlen, None, SCALE)
+        assert op.masked_attention_fwd(*arguments)[1].shape == (2, 2, max_seqlen)
+
+
+def test_the_rectangle_drops_no_argument() -> None:
+    q, k, v = make_qkv("dense", 3, 8).unbind(2)
+    whole = run(attention, (q[:, :2], k, v))
+    for given in (make_mode("seqlens", 3, 8), make_mode("key_mask", 3, 8), {"scale": SCALE}):
+        for dense, result in zip(whole, run(attention, (q[:, :2], k, v), **given), strict=True):
+            assert not torch.allclose(dense, result), given
+
+
+# Errors
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+BOUNDS = torch.tensor([0, 2, 4], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "error", "message"),
+    [
+        (
+            (2, 4),
+            {"keep": integers(2, 1), "seqlens": integers(2)},
+            ValueError,
+            "at most one, got 2",
+        ),
+        (
+            (4,),
+            {"cu_seqlens": BOUNDS, "max_seqlen": 2, "seqlens": integers(2)},
+            ValueError,
+            "keep, seqlens, cu_seqlens: expected at most one, got 2",
+        ),
+        (
+            (4,),
+            {"cu_seqlens": BOUNDS[:0], "max_seqlen": 2},
+            ValueError,
+            "cu_seqlens: expected at least one bound, got 0",
+        ),
+        ((4,), {"cu_seqlens": BOUNDS}, ValueError, "max_seqlen: expected an int with cu_seqlens"),
+        ((2, 4), {"max_seqlen": 4}, ValueError, "max_seqlen: expected None without cu_seqlens"),
+        (
+            (4,),
+            {"cu_seqlens": BOUNDS, "max_seqlen": 2, "key_mask": integers(1, 4).bool()},
+            ValueError,
+            r"key_mask: expected None with cu_seqlens \(use lengths\)",
+        ),
+        (
+            (4,),
+            {"cu_seqlens": BOUNDS, "max_seqlen": torch.tensor(2)},
+            TypeError,
+            "max_seqlen: expected an int, got .*Tensor",
+        ),
+        (
+            (4,),
+            {"cu_seqlens": BOUNDS.long(), "max_seqlen": 2},
+            TypeError,
+            "cu_seqlens: expected torch.int32, got torch.int64",
+        ),
+        (
+            (2, 4),
+            {"cu_seqlens": BOUNDS, "max_seqlen": 2},
+            ValueError,
+            r"qkv: expected shape \[any, 3, any, any\], got \[2, 4, 3, 2, 8\]",
+        ),
+        (
+            (4,),
+            {},
+            ValueError,
+            r"qkv: expected shape \[any, any, 3, any, any\], got \[4, 3, 2, 8\]",
+        ),
+        (
+            (2, 4),
+            {"keep": integers(2, 1).float()},
+            TypeError,
+            "keep: expected torch.int32 or torch.int64, got torch.float32",
+        ),
+        ((2, 4), {"keep": integers(2)}, ValueError, r"keep: expected shape \[2, any\], got \[2\]"),
+        ((2, 4), {"keep": integers(3, 1)}, ValueError, r"keep: expected shape \[2, any\]"),
+        ((2, 4), {"seqlens": integers(3)}, ValueError, r"seqlens: expected shape \[2\], got \[3\]"),
+        (
+            (2, 4),
+            {"seqlens": integers(2, dtype=torch.int16)},
+            TypeError,
+            "seqlens: expected torch.int32 or torch.int64, got torch.int16",
+        ),
+        (
+            (2, 4),
+            {"key_mask": integers(2, 4)},
+            TypeError,
+            "key_mask: expected torch.bool, got torch.int64",
+        ),
+        (
+            (2, 4),
+            {"key_mask": integers(2, 3).bool()},
+            ValueError,
+            r"key_mask: expected shape \[2, 4\], got \[2, 3\]",
+        ),
+        (
+            (2, 4),
+            {"seqlens": integers(2).to("meta")},
+            ValueError,
+            "seqlens: expected cpu, got meta",
+        ),
+    ],
+)
+def test_errors(
+    rows: tuple[int, ...], arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    qkv = random_qkv(*rows, heads=2, dim=8)
+    with pytest.raises(error, match=message) as caught:
+        masked_attention(qkv, **arguments)
+    assert "\n" not in str(caught.value)
+    if not message.startswith("qkv"):
+        with pytest.raises(error, match=message):
+            attention(*qkv.unbind(-3), **arguments)
+
+
+def test_errors_of_the_inputs() -> None:
+    qkv = make_qkv("dense", 2, 4)
+    with pytest.raises(TypeError, match=r"qkv: expected torch.float16 or .*, got torch.int64"):
+        masked_attention(qkv.long())
+    with pytest.raises(ValueError, match=r"qkv: expected a last stride of 1, got \(.*, 2\)"):
+        masked_attention(qkv.repeat(1, 1, 1, 1, 2)[..., ::2])
+    with pytest.raises(ValueError, match=r"qkv: expected shape .*, got \[2, 4, 2, 2, 16\]"):
+        masked_attention(qkv[:, :, :2])
+    q, k, v = qkv.unbind(2)
+    with pytest.raises(TypeError, match=r"q: expected torch.float32, got torch.float64"):
+        attention(q.double(), k, v)
+    with pytest.raises(ValueError, match=r"k: expected shape \[2, 4, 2, 16\], got \[2, 3, 2, 16\]"):
+        attention(q, k[:, :3], v)
+    with pytest.raises(ValueError, match=r"q: expected shape \[2, any, 2, 16\], got \[1, 4, 2, 16"):
+        attention(q[:1], k, v)
+    with pytest.raises(ValueError, match=r"v: expected shape \[any, any, any, any\], got \[4, 2,"):
+        attention(q[0], k[0], v[0])
+
+
+@pytest.mark.parametrize("mode", ["keep", "cu_seqlens"])
+def test_some_modes_need_as_many_queries_as_keys(mode: str) -> None:
+    q, k, v = make_qkv(mode, 2, 4).unbind(-3)
+    fewer = q[:3] if mode == "cu_seqlens" else q[:, :3]
+    with pytest.raises(ValueError, match="q: expected shape"):
+        attention(fewer, k, v, **make_mode(mode, 2, 4))
+
+
+def test_backends_that_cannot_run() -> None:
+    qkv = make_qkv("dense", 2, 4)
+    for backend in ("triton", "cpp"):
+        with pytest.raises(RuntimeError, match=f"'{backend}' is not built.*'auto', 'reference'"):
+            masked_attention(qkv, backend=backend)
+        with pytest.raises(RuntimeError, match=f"'{backend}' is not built.*'auto', 'reference'"):
+            attention(*qkv.unbind(2), backend=backend)
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        masked_attention(qkv, backend="cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        ((2, 4), {"keep": torch.tensor([[0, 1], [1, 4]])}, r"keep: .* \[0, 4\), got 0 to 4"),
+        ((2, 4), {"keep": torch.tensor([[0, 1], [1, -1]])}, r"keep: .* got -1 to 1"),
+        ((2, 4), {"keep": torch.tensor([[0, 1], [2, 2]])}, "keep: expected unique indices"),
+        ((4,), {"cu_seqlens": [1, 4], "max_seqlen": 4}, r"cu_seqlens: .* got \[1, 4\]"),
+        ((4,), {"cu_seqlens": [0, 3, 2], "max_seqlen": 4}, "cu_seqlens: expected to rise"),
+        ((4,), {"cu_seqlens": [0, 5], "max_seqlen": 5}, "cu_seqlens: .* at most 4 rows"),
+        ((4,), {"cu_seqlens": [0, 1, 4], "max_seqlen": 2}, "max_seqlen: .* 3, got 2"),
+    ],
+)
+def test_the_reference_checks_values(
+    rows: tuple[int, ...], arguments: dict[str, Any], message: str
+) -> None:
+    if "cu_seqlens" in arguments:
+        bounds = torch.tensor(arguments["cu_seqlens"], dtype=torch.int32)
+        arguments = arguments | {"cu_seqlens": bounds}
+    with pytest.raises(ValueError, match=message):
+        masked_attention(random_qkv(*rows, heads=1, dim=8), backend="reference", **arguments)
+
+
+# Registration
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck(mode: str, layout: str, device: torch.device) -> None:
+    qkv = make_qkv(mode, 3, 5, device=device)
+    if layout == "permuted":
+        qkv = qkv.movedim(-3, 0).contiguous().movedim(0, -3)
+    qkv.requires_grad_()
+    arguments = positional(make_mode(mode, 3, 5, device))
+    torch.library.opcheck(op.masked_attention_fwd, (qkv, *arguments))
+    if layout == "permuted":
+        separate = tuple(x.detach().requires_grad_() for x in qkv.unbind(-3))
+        torch.library.opcheck(op.attention_fwd, (*separate, *arguments))
+
+
+@pytest.mark.parametrize("mode", ["dense", "keep+key_mask", "cu_seqlens"])
+def test_opcheck_of_the_backward(mode: str, device: torch.device) -> None:
+    qkv = make_qkv(mode, 3, 5, device=device)
+    arguments = positional(make_mode(mode, 3, 5, device))
+    o, lse = op.masked_attention_fwd(qkv, *arguments)
+    torch.library.opcheck(op.masked_attention_bwd, (torch.ones_like(o), qkv, o, lse, *arguments))
+    separate = qkv.unbind(-3)
+    o, lse = op.attention_fwd(*separate, *arguments)
+    torch.library.opcheck(op.attention_bwd, (torch.ones_like(o), *separate, o, lse, *arguments))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_whole(mode: str, device: torch.device) -> None:
+    qkv = make_qkv(mode, 3, 5, device=device)
+    arguments = make_mode(mode, 3, 5, device) | {"scale": SCALE}
+
+    def packed(x: Tensor, **modes: Any) -> Tensor:
+        return masked_attention(x * 2, **modes).sin()
+
+    def separate(x: Tensor, **modes: Any) -> Tensor:
+        return attention(*(x * 2).unbind(-3), **modes).sin()
+
+    for function in (packed, separate):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for ours, eager in zip(
+            run(compiled, (qkv,), **arguments), run(function, (qkv,), **arguments), strict=True
+        ):
+            assert torch.equal(ours, eager)
+
+
+def test_a_smaller_batch_does_not_recompile() -> None:
+    compiled = torch.compile(masked_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for B in (4, 3):
+            qkv, seqlens = make_qkv("seqlens", B, 6), torch.arange(2, 2 + B)
+            expected = masked_attention(qkv, seqlens=seqlens)
+            assert torch.equal(compiled(qkv, seqlens=seqlens), expected)
+
+
+def test_flop_counter() -> None:
+    B, N, H, D = 2, 8, 2, 16
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run(masked_attention, (make_qkv("dense", B, N),))
+    assert counter.get_total_flops() == (4 + 10) * B * H * N * N * D
+    q, k, v = make_qkv("dense", B, N).unbind(2)
+    with counter:
+        run(attention, (q[:, :3], k, v))
+    assert counter.get_total_flops() == (4 + 10) * B * H * 3 * N * D
+    with counter:
+        run(masked_attention, (make_qkv("keep", B, N),), **make_mode("keep", B, N))
+    assert counter.get_total_flops() == (4 + 10) * B * H * (N // 4) ** 2 * D
+    packed = {"cu_seqlens": torch.tensor([0, 5, 9], dtype=torch.int32), "max_seqlen": 6}
+    with counter:
+        run(masked_attention, (make_qkv("cu_seqlens", B, N),), **packed)
+    assert counter.get_total_flops() == (4 + 10) * H * (B * N) * 6 * D
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_runs_are_bitwise_equal(mode: str, device: torch.device) -> None:
+    qkv = make_qkv(mode, 3, 65, device=device)
+    arguments = make_mode(mode, 3, 65, device)
+    first, second = (run(masked_attention, (qkv,), **arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_masks_get_no_gradient_and_lse_neither() -> None:
+    qkv = make_qkv("dense", 2, 4).requires_grad_()
+    o, lse = op.masked_attention_fwd(qkv, *positional({}))
+    assert o.requires_grad
+    assert not lse.requires_grad
+    assert not reference.masked_attention(qkv)[1].requires_grad

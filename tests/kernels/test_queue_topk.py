@@ -1,0 +1,529 @@
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from maect_fast.kernels import Pick, QueueState, TopK, enqueue, queue_topk
+from maect_fast.kernels.queue_topk import op, reference
+from maect_fast.testing import assert_within_budget, random_queue, unit_rows
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+BACKENDS = ["auto", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+# Exact scores -1, 0, 1 with many ties: every query and every entry is a signed unit vector.
+AXES = torch.cat((torch.eye(4), -torch.eye(4)))
+
+
+def lexicographic(score: Tensor, own: Tensor, k: int) -> list[list[int]]:
+    """The contract's order in plain Python: own slots last, score descending, slot ascending."""
+    rows = zip(score.masked_fill(own > 0, -1).tolist(), own.tolist(), strict=True)
+    return [sorted(range(len(s)), key=lambda slot: (o[slot], -s[slot], slot))[:k] for s, o in rows]
+
+
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Both exist and are equal bit by bit."""
+    return one is not None and other is not None and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "n", "Q", "D", "k"),
+    [
+        ((), 1, 1, 4, 1),
+        ((), 7, 33, 16, 5),
+        ((2,), 3, 20, 48, 20),
+        ((2,), 17, 1000, 256, 20),
+        ((), 131, 257, 37, 64),
+        ((1,), 5, 513, 8, 200),
+    ],
+    ids=lambda value: str(value),
+)
+def test_values_against_fp64(
+    batch: tuple[int, ...],
+    n: int,
+    Q: int,
+    D: int,
+    k: int,
+    dtype: torch.dtype,
+    backend: Any,
+    device: torch.device,
+) -> None:
+    query = (3 * unit_rows(*batch, n, D, seed=1)).to(device, dtype)
+    queue = unit_rows(Q, D, device=device, seed=2)
+    found = queue_topk(query, queue, k=k, backend=backend)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    eager = normalize(query.to(wide), dim=-1) @ queue.to(wide).T
+    ref64 = normalize(query.double(), dim=-1) @ queue.double().T
+    assert_within_budget(found.values, eager.topk(k).values, ref64.topk(k).values, name="values")
+    indices = found.indices
+    gathered = eager.gather(-1, indices), ref64.gather(-1, indices)
+    assert_within_budget(found.values, *gathered, name="values by index")
+    assert (found.values.diff(dim=-1) <= 0).all()
+    assert (indices.sort().values.diff(dim=-1) > 0).all()
+    # Random scores this far apart have no ties, so the sets agree with fp64.
+    if D >= 16:
+        expected = ref64.topk(k).indices
+        assert torch.equal(indices.sort().values, expected.sort().values)
+    assert found[2:] == (None, None, None)
+
+
+@pytest.mark.parametrize("blocks", [(128, 16384), (3, 7), (2, 2)], ids=str)
+@pytest.mark.parametrize("k", [1, 4, 20, 45])
+@pytest.mark.parametrize("num_ids", [45, 6])
+def test_ties_go_to_the_lowest_slot(
+    k: int,
+    num_ids: int,
+    blocks: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    monkeypatch.setattr(reference, "BLOCK_B", blocks[0])
+    monkeypatch.setattr(reference, "BLOCK_Q", blocks[1])
+    generator = torch.Generator().manual_seed(k)
+    query = AXES[torch.randint(8, (10,), generator=generator)].to(device)
+    queue = AXES[torch.randint(8, (45,), generator=generator)].to(device)
+    queue_id = (torch.arange(45) % num_ids).to(device)
+    query_id = torch.tensor([0, 1, 2, 3, 4, 5, 44, -1, 99, 3], device=device)
+    found = queue_topk(query, queue, k=k, query_id=query_id, queue_id=queue_id)
+    own = query_id[:, None] == queue_id
+    score = query @ queue.T
+    assert found.indices.tolist() == lexicographic(score, own, k)
+    expected = score.masked_fill(own, -1).gather(1, found.indices)
+    assert torch.equal(found.values, expected)
+
+
+def test_the_other_devices_path_to_ties_agrees() -> None:
+    """On a GPU every row takes the path that the CPU takes only for ambiguous rows."""
+    score = torch.randint(-3, 4, (50, 40)).float()
+    slots = reference._lowest_slots(score, score.sort(descending=True).values[:, 6], 7)
+    expected = lexicographic(score, torch.zeros_like(score), 7)
+    assert slots.sort().values.tolist() == [sorted(row) for row in expected]
+
+
+@pytest.mark.parametrize("k", [1, 20, 64])
+def test_collapse(k: int, device: torch.device) -> None:
+    """All entries and all queries alike: slots in order, without the own ones."""
+    queue = torch.ones(100, 16, device=device) / 4
+    ids = torch.arange(100, device=device)
+    found = queue_topk(queue[:70] * 2, queue, k=k, query_id=ids[:70], queue_id=ids)
+    expected = [[slot for slot in range(100) if slot != row][:k] for row in range(70)]
+    assert found.indices.tolist() == expected
+    assert torch.equal(found.values, torch.ones_like(found.values))
+
+
+def test_duplicates_are_all_found(device: torch.device) -> None:
+    queue = unit_rows(64, 32, device=device)
+    queue[[5, 17, 40]] = queue[9].clone()
+    found = queue_topk(queue[9:10], queue, k=4)
+    assert found.indices.tolist() == [[5, 9, 17, 40]]
+
+
+@pytest.mark.parametrize("blocks", [(128, 16384), (2, 3)], ids=str)
+def test_nan_scores_rank_last(
+    blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(reference, "BLOCK_B", blocks[0])
+    monkeypatch.setattr(reference, "BLOCK_Q", blocks[1])
+    queue = unit_rows(10, 8, device=device)
+    queue[[1, 4]] = torch.nan
+    query = queue[[0, 1, 2]].clone()
+    ids = torch.arange(10, device=device)
+    found = queue_topk(query, queue, k=10, query_id=ids[:3], queue_id=ids)
+    # A finite query: 7 finite entries, then the NaN entries in slot order, then the own one.
+    assert found.indices[0, 7:].tolist() == [1, 4, 0]
+    assert found.values[0, 7:].tolist() == [-torch.inf, -torch.inf, -1]
+    assert found.values[0, :7].isfinite().all()
+    # A NaN query: slots in order without the own one, which comes last.
+    assert found.indices[1].tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 9, 1]
+    assert found.values[1].tolist() == [-torch.inf] * 9 + [-1]
+    few = queue_topk(query, queue, k=7, query_id=ids[:3], queue_id=ids)
+    assert few.values[[0, 2]].isfinite().all()
+
+
+def test_infinite_entries_rank_by_sign(device: torch.device) -> None:
+    queue = torch.tensor([[-torch.inf], [0.5], [torch.inf], [torch.nan]], device=device)
+    found = queue_topk(torch.ones(1, 1, device=device), queue, k=4)
+    assert found.indices.tolist() == [[2, 1, 0, 3]]
+    assert found.values.tolist() == [[torch.inf, 0.5, -torch.inf, -torch.inf]]
+
+
+def test_zero_query_scores_zero(device: torch.device) -> None:
+    found = queue_topk(torch.zeros(2, 8, device=device), unit_rows(9, 8, device=device), k=3)
+    assert found.indices.tolist() == [[0, 1, 2]] * 2
+    assert torch.equal(found.values, torch.zeros_like(found.values))
+
+
+def test_own_ids_more_often_than_the_queue_has_others(device: torch.device) -> None:
+    """A queue larger than the data set: each sample fills every third slot."""
+    state = random_queue(12, 16, num_ids=3, num_classes=2, device=device)
+    query_id = torch.arange(3, device=device)
+    found = queue_topk(state.queue[:3], state, k=10, query_id=query_id)
+    own = state.queue_id[found.indices] == query_id[:, None]
+    assert own.tolist() == [[False] * 8 + [True] * 2] * 3
+    assert found.values[own].tolist() == [-1.0] * 6
+    assert found.indices[0, 8:].tolist() == [0, 3]
+    excluded = queue_topk(state.queue[:3], state, k=8, query_id=query_id)
+    assert torch.equal(excluded.indices, found.indices[:, :8])
+
+
+def test_id_minus_one_excludes_nothing(device: torch.device) -> None:
+    queue = unit_rows(20, 8, device=device)
+    nobody = torch.full((20,), -1, device=device)
+    found = queue_topk(queue[:4], queue, k=5, query_id=nobody[:4], queue_id=nobody)
+    assert torch.equal(found.indices, queue_topk(queue[:4], queue, k=5).indices)
+    assert found.indices[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_both_views_in_one_search(device: torch.device) -> None:
+    state = random_queue(300, 32, num_ids=40, num_classes=5, device=device)
+    views = unit_rows(2, 50, 32, device=device, seed=7)
+    ids = torch.arange(50, device=device)
+    labels = ids % 5
+    both = queue_topk(
+        views, state, k=6, query_id=ids, query_label=labels, pick=Pick(1, 2, 0, row=9)
+    )
+    for view in range(2):
+        single = queue_topk(
+            views[view], state, k=6, query_id=ids, query_label=labels, pick=Pick(1, 2, view, 9)
+        )
+        for together, alone in zip(both, single, strict=True):
+            assert together is not None
+            assert same(together[view], alone)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_pick(batch: tuple[int, ...], device: torch.device) -> None:
+    state = random_queue(200, 16, num_ids=30, num_classes=3, device=device)
+    query = unit_rows(*batch, 31, 16, device=device, seed=3)
+    label = torch.arange(31, device=device) % 4 - 1
+    found = queue_topk(query, state, k=20, query_label=label, pick=Pick(5, 6, 1, row=2))
+    rank = reference.draw_ranks(Pick(5, 6, 1, row=2), query.shape[:-1], 20, device)
+    assert len(set(rank.flatten().tolist())) > 10
+    assert found.picked_index is not None
+    assert torch.equal(found.picked_index, found.indices.gather(-1, rank[..., None])[..., 0])
+    assert same(state.queue[found.picked_index], found.picked_neighbour)
+    assert found.label_hit is not None
+    assert torch.equal(found.label_hit, state.queue_y[found.picked_index] == label)
+    assert found.label_hit.any()
+    assert not found.label_hit.all()
+    replayed = queue_topk(query, state, k=20, query_label=label, pick=rank.cpu())
+    for mine, theirs in zip(found, replayed, strict=True):
+        assert same(mine, theirs)
+
+
+def test_missing_labels_never_hit(device: torch.device) -> None:
+    queue = unit_rows(6, 8, device=device)
+    none = torch.full((6,), -1, device=device)
+    found = queue_topk(queue, queue, k=1, queue_label=none, query_label=none, pick=Pick(0, 0, 0))
+    assert found.label_hit is not None
+    assert not found.label_hit.any()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_picks_do_not_depend_on_the_number_of_ranks(num_ranks: int, device: torch.device) -> None:
+    state = random_queue(100, 16, num_ids=100, num_classes=3, device=device)
+    query = unit_rows(2, 24, 16, device=device, seed=4)
+    whole = queue_topk(query, state, k=7, pick=Pick(8, 9, 0))
+    n = 24 // num_ranks
+    for r in range(num_ranks):
+        part = queue_topk(query[:, r * n : (r + 1) * n], state, k=7, pick=Pick(8, 9, 0, row=r * n))
+        assert whole.picked_index is not None
+        assert same(whole.picked_index[:, r * n : (r + 1) * n], part.picked_index)
+        rows = torch.arange(r * n, (r + 1) * n, device=device)
+        listed = queue_topk(query[:, rows], state, k=7, pick=Pick(8, 9, 0, row=rows))
+        assert same(part.picked_index, listed.picked_index)
+
+
+def official_find_nn(
+    projected: Tensor, state: QueueState, ids: Tensor, k: int, dice: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Source: ml-jku/MAE-CT: losses/nnclr_loss.py (find_nn), fp32, the dice given."""
+    similarity = normalize(projected, dim=-1) @ state.queue.T
+    similarity[state.queue_id[None] == ids[:, None]] = -1
+    index = similarity.topk(k, dim=1).indices[torch.arange(len(ids)), dice]
+    return index, state.queue[index]
+
+
+def test_replays_the_official_search(device: torch.device) -> None:
+    """Its dice come from the CPU generator, view 0 first."""
+    state = random_queue(500, 32, num_ids=60, num_classes=3, device=device)
+    views = unit_rows(2, 40, 32, device=device, seed=11)
+    ids = torch.arange(40, device=device)
+    torch.manual_seed(3)
+    dice = torch.stack([torch.randint(size=(40,), high=20) for _ in range(2)])
+    found = queue_topk(views, state, k=20, query_id=ids, pick=dice)
+    assert found.picked_index is not None
+    assert found.picked_neighbour is not None
+    for view in range(2):
+        index, row = official_find_nn(views[view], state, ids, 20, dice[view].to(device))
+        assert torch.equal(found.picked_index[view], index)
+        assert torch.equal(found.picked_neighbour[view], row)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_no_rows(batch: tuple[int, ...], device: torch.device) -> None:
+    state = random_queue(9, 8, num_ids=9, num_classes=2, device=device)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    found = queue_topk(
+        torch.zeros(*batch, 0, 8, device=device),
+        state,
+        k=3,
+        query_id=none,
+        query_label=none,
+        pick=Pick(0, 0, 0),
+    )
+    assert [x.shape for x in found if x is not None] == [
+        (*batch, 0, 3),
+        (*batch, 0, 3),
+        (*batch, 0),
+        (*batch, 0, 8),
+        (*batch, 0),
+    ]
+
+
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the size in bytes of the largest tensor that an operation allocates."""
+
+    bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for out in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(out, Tensor) and not func.is_view:
+                self.bytes = max(self.bytes, out.numel() * out.element_size())
+        return result
+
+
+def test_memory_does_not_grow_with_n_or_q(device: torch.device) -> None:
+    """The gallery of a k-NN evaluation streams: 300 x 50,000 scores would be 60 MB."""
+    gallery = unit_rows(50_000, 4, dtype=torch.float16, device=device)
+    query = unit_rows(300, 4, device=device, seed=1)
+    with LargestTensor() as largest:  # type: ignore[no-untyped-call]
+        found = queue_topk(query, gallery, k=10, backend="reference")
+    assert found.values.shape == (300, 10)
+    assert 0 < largest.bytes <= reference.BLOCK_B * reference.BLOCK_Q * 4
+
+
+def test_autocast_does_not_reach_the_scores(device: torch.device) -> None:
+    query, queue = unit_rows(30, 64, device=device), unit_rows(90, 64, device=device, seed=1)
+    for backend in BACKENDS:
+        expected = queue_topk(query, queue, k=5, backend=backend)  # type: ignore[arg-type]
+        with torch.autocast(device.type, torch.bfloat16):
+            found = queue_topk(query, queue, k=5, backend=backend)  # type: ignore[arg-type]
+        assert torch.equal(found.values, expected.values)
+
+
+def test_two_runs_are_bitwise_equal_and_nothing_requires_grad(device: torch.device) -> None:
+    state = random_queue(700, 32, num_ids=100, num_classes=3, device=device)
+    query = unit_rows(64, 32, device=device, seed=1).requires_grad_()
+    first, second = (queue_topk(query, state, k=20, pick=Pick(0, 0, 0)) for _ in range(2))
+    for one, other in zip(first[:4], second[:4], strict=True):
+        assert same(one, other)
+        assert one is not None
+        assert not one.requires_grad
+
+
+def test_strided_query(device: torch.device) -> None:
+    wide = unit_rows(5, 2, 24, device=device)
+    query = wide.transpose(0, 1)[..., ::2]
+    queue = unit_rows(30, 12, device=device)
+    found = queue_topk(query, queue, k=3)
+    assert torch.equal(found.indices, queue_topk(query.contiguous(), queue, k=3).indices)
+
+
+IDS = torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, r"k: expected 1 \.\. 9"),
+        ({"k": 10}, r"k: expected 1 \.\. 9"),
+        ({"query": torch.zeros(4)}, r"query, queue: expected \[n, D\]"),
+        ({"query": torch.zeros(4, 7)}, r"query, queue: expected \[n, D\]"),
+        ({"query": torch.zeros(4, 8).long()}, "expected floats"),
+        ({"query_id": IDS}, "query_id, queue_id: expected both"),
+        ({"queue_id": torch.arange(9)}, "query_id, queue_id: expected both"),
+        ({"query_label": IDS, "pick": Pick(0, 0, 0)}, "query_label, queue_label: expected both"),
+        ({"query_label": IDS, "queue_label": torch.arange(9)}, "query_label: expected a pick"),
+        ({"query_id": IDS[:3], "queue_id": torch.arange(9)}, r"query_id: .*int64 \[4\]"),
+        ({"query_id": IDS, "queue_id": torch.arange(8)}, r"queue_id: .*int64 \[9\]"),
+        ({"query_id": IDS.int(), "queue_id": torch.arange(9)}, r"got torch\.int32"),
+        ({"pick": torch.zeros(3, dtype=torch.int64)}, r"pick: expected torch\.int64 \[4\]"),
+        ({"pick": torch.zeros(4)}, r"pick: expected torch\.int64 \[4\]"),
+        ({"pick": torch.tensor([0, 1, 2, 3])}, r"pick: expected ranks in 0 \.\. 2"),
+        ({"pick": torch.tensor([0, 1, 2, -1])}, r"pick: expected ranks in 0 \.\. 2"),
+        ({"backend": "cuda"}, "expected backend to be one of"),
+    ],
+)
+def test_errors(arguments: dict[str, Any], message: str) -> None:
+    complete = {"query": torch.ones(4, 8), "queue": unit_rows(9, 8), "k": 3, **arguments}
+    query, queue = complete.pop("query"), complete.pop("queue")
+    with pytest.raises(ValueError, match=message):
+        queue_topk(query, queue, **complete)
+
+
+def test_state_brings_its_own_ids() -> None:
+    state = random_queue(9, 8, num_ids=9, num_classes=2)
+    with pytest.raises(ValueError, match="QueueState brings them"):
+        queue_topk(torch.ones(4, 8), state, k=3, query_id=IDS, queue_id=state.queue_id)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_backends_that_are_not_built_say_so(backend: Any) -> None:
+    with pytest.raises(RuntimeError, match=f"queue_topk: backend '{backend}' is not built"):
+        queue_topk(torch.ones(4, 8), unit_rows(9, 8), k=3, backend=backend)
+
+
+# The ring buffer.
+
+
+def simulate(state: QueueState, batches: list[tuple[Tensor, Tensor, Tensor]]) -> QueueState:
+    """Row by row, in plain Python."""
+    queue, queue_y, queue_id, queue_ptr = (x.clone() for x in state)
+    for rows, ids, labels in batches:
+        for row, sample, label in zip(rows, ids, labels, strict=True):
+            slot = int(queue_ptr)
+            queue[slot] = normalize(row.float(), dim=0, eps=1e-12)
+            queue_id[slot], queue_y[slot] = sample, label
+            queue_ptr[0] = (slot + 1) % len(queue)
+    return QueueState(queue, queue_y, queue_id, queue_ptr)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1, 1, 1], [4, 4, 4], [7, 7], [0, 3, 0], [10], [11], [25], [3, 37, 5], [9, 2, 20]]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_enqueue_wraps_round(sizes: list[int], dtype: torch.dtype, device: torch.device) -> None:
+    state = random_queue(10, 6, num_ids=10, num_classes=3, device=device)
+    batches = [
+        (
+            (2 * unit_rows(B, 6, device=device, seed=i)).to(dtype),
+            torch.arange(B, device=device) + 100 * i,
+            torch.arange(B, device=device) % 3,
+        )
+        for i, B in enumerate(sizes)
+    ]
+    expected = simulate(state, batches)
+    pointers = [x.data_ptr() for x in state]
+    for rows, ids, labels in batches:
+        enqueue(state, rows, sample_id=ids, label=labels)
+    assert [x.data_ptr() for x in state] == pointers
+    torch.testing.assert_close(state.queue, expected.queue, rtol=0, atol=1e-7)
+    for mine, theirs in zip(state[1:], expected[1:], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_enqueue_without_ids_and_labels_clears_them(device: torch.device) -> None:
+    state = random_queue(5, 4, num_ids=5, num_classes=2, device=device)
+    kept = state.queue_y[3:].tolist()
+    enqueue(state, torch.ones(3, 4, device=device))
+    assert state.queue_id.tolist() == [-1, -1, -1, 3, 4]
+    assert state.queue_y.tolist() == [-1, -1, -1, *kept]
+    assert state.queue_ptr.tolist() == [3]
+
+
+def test_enqueue_keeps_nan_and_zero_rows_as_they_come(device: torch.device) -> None:
+    state = random_queue(4, 4, num_ids=4, num_classes=2, device=device)
+    rows = torch.zeros(2, 4, device=device)
+    rows[1] = torch.nan
+    enqueue(state, rows)
+    assert torch.equal(state.queue[0], torch.zeros(4, device=device))
+    assert state.queue[1].isnan().all()
+    assert state.queue[2:].norm(dim=1).tolist() == pytest.approx([1, 1])
+
+
+def test_enqueued_rows_are_found_and_expire(device: torch.device) -> None:
+    state = random_queue(8, 16, num_ids=8, num_classes=2, device=device)
+    row = 5 * unit_rows(1, 16, device=device, seed=9)
+    enqueue(state, row, sample_id=torch.tensor([77], device=device))
+    found = queue_topk(row, state, k=1)
+    assert found.indices.tolist() == [[0]]
+    assert float(found.values) == pytest.approx(1)
+    enqueue(state, unit_rows(7, 16, device=device, seed=10))
+    assert 77 in state.queue_id
+    enqueue(state, unit_rows(1, 16, device=device, seed=11))
+    assert 77 not in state.queue_id
+
+
+def test_the_same_rows_in_other_batches_give_the_same_bits(device: torch.device) -> None:
+    """A resumed run or another world size may cut the stream elsewhere."""
+    rows = unit_rows(23, 8, device=device, seed=5)
+    states = [random_queue(10, 8, num_ids=10, num_classes=2, device=device) for _ in range(2)]
+    for cuts, state in zip(([0, 23], [0, 1, 9, 12, 23]), states, strict=True):
+        for start, stop in pairwise(cuts):
+            enqueue(state, rows[start:stop], sample_id=torch.arange(start, stop, device=device))
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "message"),
+    [
+        (torch.ones(3, 5), None, r"rows: expected floats \[B, 4\]"),
+        (torch.ones(4), None, r"rows: expected floats \[B, 4\]"),
+        (torch.ones(3, 4).long(), None, r"rows: expected floats \[B, 4\]"),
+        (torch.ones(3, 4), torch.arange(2), r"sample_id: expected torch\.int64 \[3\]"),
+        (torch.ones(3, 4), torch.ones(3), r"sample_id: expected torch\.int64 \[3\]"),
+    ],
+)
+def test_enqueue_errors(rows: Tensor, ids: Tensor | None, message: str) -> None:
+    state = random_queue(5, 4, num_ids=5, num_classes=2)
+    with pytest.raises(ValueError, match=message):
+        enqueue(state, rows, sample_id=ids)
+
+
+# Registration.
+
+
+def op_arguments(device: torch.device, batch: tuple[int, ...]) -> list[tuple[Any, ...]]:
+    state = random_queue(40, 16, num_ids=9, num_classes=3, device=device)
+    query = unit_rows(*batch, 6, 16, device=device, seed=1)
+    ids = torch.arange(6, device=device)
+    rank = torch.randint(5, (*batch, 6)).to(device)
+    return [
+        (query, state.queue, 5, None, None, None, None, None),
+        (query, state.queue, 5, ids, state.queue_id, None, None, rank),
+        (query, state.queue, 5, ids, state.queue_id, ids, state.queue_y, rank),
+    ]
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_opcheck_search(batch: tuple[int, ...], device: torch.device) -> None:
+    for arguments in op_arguments(device, batch):
+        torch.library.opcheck(op.queue_topk, arguments)
+
+
+def test_opcheck_enqueue(device: torch.device) -> None:
+    state = random_queue(10, 4, num_ids=10, num_classes=3, device=device)
+    rows, ids = unit_rows(13, 4, device=device), torch.arange(13, device=device)
+    torch.library.opcheck(op.enqueue, (*state, rows, ids, None))
+    torch.library.opcheck(op.enqueue, (*state, rows[:3], None, ids[:3]))
+
+
+def step_once(query: Tensor, state: QueueState, step: int | Tensor) -> TopK:
+    ids = torch.arange(query.shape[1], device=query.device)
+    pick = Pick(3, step, 0)
+    found = queue_topk(query, state, k=4, query_id=ids, query_label=ids, pick=pick)
+    enqueue(state, query[0], sample_id=ids, label=ids)
+    return found
+
+
+def test_compiles_without_graph_breaks(device: torch.device) -> None:
+    compiled = torch.compile(step_once, fullgraph=True, backend="aot_eager")
+    eager, other = (random_queue(30, 8, num_ids=9, num_classes=3, device=device) for _ in range(2))
+    steps: list[int | Tensor] = [1, 2, torch.tensor(3, device=device)]
+    for n, step in zip((7, 7, 5), steps, strict=True):
+        query = unit_rows(2, n, 8, device=device, seed=n)
+        found, expected = compiled(query, eager, step), step_once(query, other, step)
+        for one, another in zip((*found, *eager), (*expected, *other), strict=True):
+            assert same(one, another)

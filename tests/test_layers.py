@@ -1,0 +1,210 @@
+"""Who may import whom, by syntax tree; and what the package needs, in fresh processes."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels"
+PACKAGE = "maect_fast.kernels"
+
+# A file of an op imports only files further down, never one beside it.
+RANK = {"__init__": 4, "api": 3, "op": 2, "triton_kernel": 1, "reference": 1, "_common": 0}
+ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
+TRITON_FILES = {"triton_kernel", "_common"}
+
+FRONT_END_PACKAGES = (
+    *("timm", "torchvision", "sklearn", "scipy", "omegaconf", "yaml", "matplotlib", "tqdm"),
+    *("tensorboard", "safetensors", "nvtx", "xformers", "PIL"),
+)
+
+
+def imports(tree: ast.Module, module: str, *, is_package: bool) -> Iterator[tuple[str, bool]]:
+    """Absolute names of imported modules (`from a import b` as `a.b`), and whether at top level."""
+    nested = {id(n) for f in ast.walk(tree) if is_function(f) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                depth = node.level - is_package
+                parents = module.split(".")[: len(module.split(".")) - depth]
+                base = ".".join([*parents, *filter(None, [base])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        yield from ((name, id(node) not in nested) for name in names)
+
+
+def is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def place(name: str) -> tuple[str, str]:
+    """The op and the file of a dotted name under `maect_fast.kernels`; '' is the package."""
+    parts = name.removeprefix(PACKAGE).strip(".").split(".")
+    op = parts[0]
+    if op == "_common":
+        return "_common", "_common"
+    file = parts[1] if len(parts) > 1 and parts[1] in RANK else "__init__"
+    return op, file
+
+
+def violations(path: Path, source: str) -> list[str]:
+    """Broken layering rules of one file, in words; `path` is relative to kernels/."""
+    is_package = path.stem == "__init__"
+    module = ".".join([PACKAGE, *path.parent.parts, *([] if is_package else [path.stem])])
+    op, file = place(module)
+    if op not in ("", "_common") and path.stem not in RANK:
+        return [f"{path}: no such file in an op"]
+    found = []
+    for name, top_level in imports(ast.parse(source), module, is_package=is_package):
+        reason = broken_rule(op, file, name, top_level=top_level)
+        if reason:
+            found.append(f"{path}: imports {name}: {reason}")
+    return found
+
+
+def broken_rule(op: str, file: str, name: str, *, top_level: bool) -> str | None:
+    if not f"{name}.".startswith("maect_fast."):
+        package = name.split(".")[0]
+        if package not in ALLOWED_OUTSIDE:
+            return "kernels need nothing but torch, triton and numpy"
+        if package == "triton" and (file not in TRITON_FILES or (op == "_common" and top_level)):
+            return "triton is imported by triton_kernel.py alone, so that all else works without it"
+        return None
+    if not f"{name}.".startswith(f"{PACKAGE}."):
+        return "kernels never import the front end"
+    other_op, other_file = place(name)
+    if op == "":
+        return None if other_file == "__init__" else "the index re-exports the ops' public names"
+    if other_op == "_common":
+        return None
+    if other_op != op:
+        return "an op imports no other op"
+    if RANK[other_file] >= RANK[file]:
+        return "imports run api -> op -> {triton_kernel, cpu, reference} -> _common"
+    if other_file == "triton_kernel" and (file != "op" or top_level):
+        return "only op.py imports the Triton launchers, and lazily"
+    return None
+
+
+SOURCES = sorted(path.relative_to(KERNELS) for path in KERNELS.rglob("*.py"))
+
+
+def test_the_three_ops_are_checked() -> None:
+    expected = {
+        Path(op, file)
+        for op in ("masked_attention", "queue_topk", "info_nce")
+        for file in ("__init__.py", "api.py", "op.py", "reference.py")
+    }
+    assert expected <= set(SOURCES)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_kernels_import_one_way(path: Path) -> None:
+    assert violations(path, (KERNELS / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("info_nce/api.py", "from maect_fast.models import Encoder"),
+        ("info_nce/api.py", "import maect_fast.config"),
+        ("info_nce/op.py", "from .api import info_nce"),
+        ("info_nce/reference.py", "from maect_fast.kernels.info_nce import info_nce"),
+        ("info_nce/reference.py", "from . import op"),
+        ("info_nce/triton_kernel.py", "from .reference import info_nce"),
+        ("info_nce/op.py", "from maect_fast.kernels.queue_topk.reference import queue_topk"),
+        ("info_nce/op.py", "from ..queue_topk import api"),
+        ("info_nce/op.py", "from .triton_kernel import forward"),
+        ("info_nce/api.py", "def f():\n    from .triton_kernel import forward"),
+        ("info_nce/op.py", "def f():\n    import triton"),
+        ("info_nce/reference.py", "import scipy.special"),
+        ("info_nce/helpers.py", "import torch"),
+        ("_common/philox.py", "from ..info_nce.op import forward"),
+        ("_common/philox.py", "import triton.language as tl"),
+        ("__init__.py", "from .info_nce.api import info_nce"),
+    ],
+)
+def test_a_wrong_import_is_noticed(path: str, source: str) -> None:
+    assert len(violations(Path(path), source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("__init__.py", "from .info_nce import info_nce"),
+        ("info_nce/__init__.py", "from .api import info_nce"),
+        ("info_nce/api.py", "from . import op\nfrom .reference import info_nce"),
+        ("info_nce/op.py", "def f():\n    from .triton_kernel import forward"),
+        ("info_nce/triton_kernel.py", "import torch, triton\nfrom .._common.philox import M"),
+        ("info_nce/reference.py", "from maect_fast.kernels._common import philox"),
+        ("_common/philox.py", "import torch\ndef f():\n    import triton"),
+    ],
+)
+def test_a_right_import_passes(path: str, source: str) -> None:
+    assert violations(Path(path), source) == []
+
+
+BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+
+ABSENT = set({absent!r})
+
+class WithoutPackages(PathFinder):
+    # Exactly as if the packages were not installed: the path-based search finds no such name.
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        absent = fullname.partition(".")[0] in ABSENT
+        return None if absent else PathFinder.find_spec(fullname, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutPackages
+sys.path.insert(0, {root!r})
+"""
+
+USE_EVERY_OP = """
+import torch
+from maect_fast.kernels import info_nce, masked_attention, queue_topk
+torch.manual_seed(0)
+qkv = torch.randn(2, 5, 3, 2, 16, requires_grad=True)
+masked_attention(qkv).sum().backward()
+found = queue_topk(torch.randn(3, 16), torch.randn(9, 16), k=2)
+assert found.indices.shape == (3, 2)
+predicted = torch.randn(2, 3, 16, requires_grad=True)
+neighbour = torch.nn.functional.normalize(torch.randn(2, 3, 16), dim=-1)
+info_nce(predicted, neighbour, temperature=0.2).backward()
+assert qkv.grad is not None and predicted.grad is not None
+"""
+
+
+def run_python(source: str) -> None:
+    # -W error: a warning while importing would greet every user.
+    command = [sys.executable, "-W", "error", "-c", source]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("absent", [(), ("triton",)], ids=["with-triton", "without-triton"])
+def test_kernels_work_with_torch_and_numpy_alone(absent: tuple[str, ...]) -> None:
+    block = BLOCK.format(absent=sorted({*FRONT_END_PACKAGES, *absent}), root=str(ROOT))
+    run_python(block + USE_EVERY_OP + "assert not ABSENT & set(sys.modules)\n")
+
+
+def test_blocked_packages_are_blocked() -> None:
+    block = BLOCK.format(absent=["sklearn"], root=str(ROOT))
+    run_python(
+        block
+        + "try:\n    import sklearn\nexcept ModuleNotFoundError:\n    sys.exit(0)\nsys.exit(1)"
+    )
+
+
+def test_importing_the_package_is_light() -> None:
+    source = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport maect_fast\n"
+    slow = ["torchvision", "timm", "sklearn", "scipy", "matplotlib", "tensorboard", "triton"]
+    run_python(source + f"loaded = set({slow}) & set(sys.modules)\nassert not loaded, loaded")
