@@ -15,6 +15,7 @@ __all__ = [
     "load_checkpoint",
     "random_states",
     "save_checkpoint",
+    "seed_generators",
     "set_random_states",
     "write_atomically",
 ]
@@ -72,6 +73,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "update maect-fast"
         )
     return state
+
+
+def seed_generators(seed: int) -> None:
+    """Start every generator of this process anew; nothing of this project draws from them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
 
 
 def random_states() -> dict[str, Any]:

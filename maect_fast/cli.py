@@ -25,16 +25,19 @@ The same command on an existing run directory continues the run.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that the user can mend are one line on stderr and exit code 2."""
-    from maect_fast.checkpoint import CheckpointError
-    from maect_fast.data import DataError
-    from maect_fast.training.engine import TrainingError
-
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     options.overrides = words
     unknown = [word for word in words if word.startswith("-") or "=" not in word]
     if unknown or (words and options.command in ("demo", "doctor")):
         parser.error(f"{options.command} does not know: {' '.join(unknown or words)}")
+
+    # After the parsing, because torch takes seconds to import and --help does not need it.
+    from maect_fast.checkpoint import CheckpointError
+    from maect_fast.data import DataError
+    from maect_fast.training.distributed import close_world
+    from maect_fast.training.engine import TrainingError
+
     try:
         code: int = options.run(options)
     except (ConfigError, CheckpointError, DataError, TrainingError) as error:
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"maect-fast {options.command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        close_world()
     return code
 
 

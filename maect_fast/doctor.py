@@ -5,16 +5,33 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from maect_fast import __version__
+from maect_fast.kernels import info_nce, masked_attention, queue_topk
 from maect_fast.kernels._common import cpp
+from maect_fast.kernels._common.backend import Backend
 
 __all__ = ["report"]
 
-OPS = ("masked_attention", "queue_topk", "info_nce")
+# A call of each op, small enough to try every backend.
+CALLS: dict[str, Callable[[torch.device, Backend], object]] = {
+    "masked_attention": lambda device, backend: masked_attention(
+        torch.ones(1, 4, 3, 2, 16, device=device), backend=backend
+    ),
+    "queue_topk": lambda device, backend: queue_topk(
+        torch.eye(4, 16, device=device), torch.eye(16, device=device), k=2, backend=backend
+    ),
+    "info_nce": lambda device, backend: info_nce(
+        torch.eye(4, 16, device=device),
+        torch.eye(4, 16, device=device),
+        temperature=0.2,
+        backend=backend,
+    ),
+}
+BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "reference")
 
 
 def report() -> Iterator[str]:
@@ -35,11 +52,22 @@ def report() -> Iterator[str]:
         yield f"  {'cuda':<12} {_why_no_cuda()}"
     yield "C++ library"
     yield f"  {cpp.status()}"
-    yield "backends of the ops (auto takes the first that works)"
-    for op in OPS:
-        states = importlib.import_module(f"maect_fast.kernels.{op}").backends()
-        for backend, reason in states.items():
-            yield f"  {op:<17} {backend:<10} {reason or 'works'}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield f"backends of the ops, tried on {device.type}"
+    for op, call in CALLS.items():
+        for backend in BACKENDS:
+            yield f"  {op:<17} {backend:<10} {_try(call, device, backend)}"
+
+
+def _try(
+    call: Callable[[torch.device, Backend], object], device: torch.device, backend: Backend
+) -> str:
+    """Run the op; a backend that is not there says so itself."""
+    try:
+        call(device, backend)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "works"
 
 
 def _version(name: str) -> str:

@@ -278,9 +278,10 @@ class FusedAttention(nn.Module):
 def fuse(model: ModelT) -> ModelT:
     """Replace every timm `Attention` inside `model` by `FusedAttention`, in place.
 
-    Parameters are shared; state-dict keys stay, and numbers up to rounding: on the CPU, and with
-    fp32, before and after it is PyTorch's own attention. Nothing is replaced unless everything can
-    be; a model that is fused already is left alone.
+    Parameters are shared and state-dict keys stay; numbers stay up to rounding. On the CPU both run
+    the kernel behind `F.scaled_dot_product_attention`; on CUDA `masked_attention` has no kernel of
+    its own yet, see its README. Nothing is replaced unless everything can be; a model that is fused
+    already is left alone.
 
     Args:
         model: any model with timm's ViT blocks.

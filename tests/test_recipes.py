@@ -6,14 +6,15 @@ yamls/stage3_maect*_contrastive_tuning. Columns are B/16, L/16, H/16, H/14.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from maect_fast.config import RECIPES, Config, Stage, ViewConfig, load_config, load_recipe
 from maect_fast.models.encoder import Encoder
-from maect_fast.training.schedule import warmup_updates
+from maect_fast.models.maect import PretrainModel
+from maect_fast.training.stages import StageState
 
 IMAGENET_TRAIN = 1_281_167
 SIZES = ("b16", "l16", "h16", "h14")
@@ -130,9 +131,18 @@ def test_length_and_batch(cell: Cell) -> None:
 
 
 def test_warm_up_is_exact_in_updates(cell: Cell) -> None:
-    total_updates = cell.config.epochs * UPDATES_PER_EPOCH[cell.size]
-    found = warmup_updates(cell.config.optim.warmup, total_updates)
-    assert found == cell.expected(WARMUP_UPDATES)
+    total = cell.config.epochs * UPDATES_PER_EPOCH[cell.size]
+    warmup = cell.expected(WARMUP_UPDATES)
+    assert lr_factor(cell.config, total, warmup - 1) == warmup / (warmup + 1)
+    assert lr_factor(cell.config, total, warmup) == 1.0
+    assert 0.99999 < lr_factor(cell.config, total, warmup + 1) < 1.0
+    assert 0.0 < lr_factor(cell.config, total, total - 1) < 1e-6
+
+
+def lr_factor(config: Config, total: int, update: int) -> float:
+    """The schedule as the engine asks for it; it needs no weights."""
+    no_model, no_optimizer = cast("PretrainModel", None), cast("torch.optim.Optimizer", None)
+    return StageState(config, no_model, no_optimizer, None, total, update).lr_factor()
 
 
 def test_effective_learning_rates(cell: Cell) -> None:
@@ -204,7 +214,13 @@ def test_encoder_size(cell: Cell) -> None:
     assert cell.config.encoder.in_chans == 3
     with torch.device("meta"):
         encoder = Encoder(cell.config.encoder)
-    heads = encoder.blocks[0].attn.num_heads
+    heads = encoder.get_submodule("blocks.0.attn").num_heads
     patch_size = encoder.patch_embed.proj.kernel_size[0]
-    sizes = (encoder.embed_dim, encoder.depth, heads, patch_size, encoder.num_patches)
+    sizes: tuple[Any, ...] = (
+        encoder.embed_dim,
+        encoder.depth,
+        heads,
+        patch_size,
+        encoder.num_patches,
+    )
     assert sizes == ENCODER_SIZES[cell.size]

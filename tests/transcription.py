@@ -281,7 +281,7 @@ def label_hit_rate(label: Tensor, neighbour_label: Tensor) -> float:
 
 def nnclr(
     head: State,
-    pooled: list[Tensor],
+    pooled: tuple[Tensor, ...],
     sample_id: Tensor,
     label: Tensor,
     settings: Settings,
@@ -496,17 +496,15 @@ def contrastive_step(
 ) -> StepRecord:
     """Stage 2 (no target projector, frozen encoder) and stage 3 (paper, sections 3.2 and 3.3).
 
-    `batch` is views [2, n, C, H, W], sample ids [n], labels [n]. `masked` adds a second, masked
-    encoder pass and its reconstruction loss, which the paper's stage 3 does not have.
+    `masked` adds a second encoder pass and its loss, which the paper's stage 3 does not have.
     """
-    views, sample_id, label = batch
+    views, sample_id, label = batch  # [2, n, C, H, W], [n], [n]
     images, parts = views.flatten(0, 1), {"encoder": encoder, "head": head}
     graph = {
         "encoder": leaves(encoder, trainable_encoder(encoder, settings.frozen_blocks)),
         "head": leaves(head, trainable_head(head)),
     }
-    tokens = encode(graph["encoder"], images, settings.num_heads)
-    pooled = list(pool(tokens, settings.pooling).chunk(2))
+    pooled = pool(encode(graph["encoder"], images, settings.num_heads), settings.pooling).chunk(2)
     loss, accuracy = nnclr(graph["head"], pooled, sample_id, label, settings, update)
     if masked is not None:
         graph["decoder"], parts["decoder"] = masked.leaves(), masked.decoder

@@ -16,7 +16,7 @@ def load() -> str | None:
     if not LIBRARY.exists():
         return "not built: install a C++17 compiler, then run `make install` (or pip install again)"
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"built, but does not load: {error}"
     return None

@@ -297,12 +297,13 @@ def _forward(rows: _Rows, scale: float, q: Tensor, k: Tensor, v: Tensor) -> tupl
         accumulate = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(q.shape), q.new_full((B, H, M), float("-inf"), dtype=accumulate)
     live, bias = _live(rows), _bias(rows.key, q.dtype)
-    q, k, v = _zero(q, live), _zero(k, rows.key), _zero(v, rows.key)
+    k, v = _zero(k, rows.key), _zero(v, rows.key)
     attend = _sdpa_forward if q.device.type == "cpu" else _math_forward
     o, lse = attend(bias, scale, *(x.transpose(1, 2) for x in (q, k, v)))
     if live is not None:
         lse = lse.masked_fill(~live[:, None], float("-inf"))
-    return _zero(o.transpose(1, 2), live).contiguous(), lse.contiguous()
+    # Queries that get no result are not cleaned beforehand: each spoils its own row alone.
+    return _zero_(o.transpose(1, 2), live).contiguous(), lse.contiguous()
 
 
 def _backward(
@@ -320,7 +321,7 @@ def _backward(
     differentiate = _sdpa_backward if q.device.type == "cpu" else _math_backward
     transposed = (x.transpose(1, 2) for x in (do, o, q, k, v))
     dq, dk, dv = (x.transpose(1, 2) for x in differentiate(bias, scale, lse, *transposed))
-    return _zero(dq, live), _zero(dk, rows.key), _zero(dv, rows.key)
+    return _zero_(dq, live), _zero_(dk, rows.key), _zero_(dv, rows.key)
 
 
 def _live(rows: _Rows) -> Tensor | None:
@@ -332,16 +333,20 @@ def _live(rows: _Rows) -> Tensor | None:
 
 
 def _bias(key: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """[B, 1, 1, N]: -inf for keys that take no part, unless none does (they are zeros), else 0."""
+    """[B, 1, 1, N]: what is added to the scores, 0 or, for keys that take no part, -inf."""
     if key is None:
         return None
-    unused = (~key & key.any(1, keepdim=True))[:, None, None]
-    return torch.zeros_like(unused, dtype=dtype).masked_fill(unused, float("-inf"))
+    return torch.zeros_like(key, dtype=dtype).masked_fill(~key, float("-inf"))[:, None, None]
 
 
 def _zero(x: Tensor, mask: Tensor | None) -> Tensor:
     """[B, M or N, H, D] with zeros where the mask is False."""
     return x if mask is None else x.masked_fill(~mask[..., None, None], 0)
+
+
+def _zero_(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`_zero` in place."""
+    return x if mask is None else x.masked_fill_(~mask[..., None, None], 0)
 
 
 def _sdpa_forward(

@@ -90,7 +90,6 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """One rectangle: q [B, M, H, D], k and v [B, N, H, D], takes_part [B, N]."""
     any_key = takes_part.any(1)  # [B] bool
-    q = q.where(any_key[:, None, None, None], 0)
     k = k.where(takes_part[..., None, None], 0)
     v = v.where(takes_part[..., None, None], 0)
     scores = scale * torch.einsum("bmhd,bnhd->bhmn", q, k)

@@ -24,32 +24,30 @@ def queue_topk(
 ) -> TopK:
     """The k rows of the queue with the largest cosine ``normalize(query) @ queue.T``, exactly.
 
-    Sorted by (score descending, slot ascending). A slot that holds the query's own id scores
-    exactly -1 and comes last: it is returned only when fewer than k others exist. NaN scores rank,
-    and return, as -inf; slots are always valid. Memory beyond the result does not grow with n or Q.
-    Nothing is differentiable.
+    Sorted by (score descending, slot ascending). A slot with the query's own id scores exactly -1
+    and comes last: it is returned only when fewer than k others exist. NaN scores rank, and return,
+    as -inf; slots are always valid. Temporary memory grows with neither n nor Q. No gradient.
 
     Args:
         query: [n, D] or [V, n, D] (views, searched in one pass), any float dtype; normalised inside
             (eps 1e-12). Scores are fp32 dot products, fp64 if query or queue is fp64.
-        queue: [Q, D] rows of unit norm (this is not checked), or a QueueState, which brings ids and
-            labels. As the gallery of a k-NN evaluation it may be of any size.
+        queue: [Q, D] rows of unit norm (not checked), Q of any size as for a k-NN gallery, or a
+            QueueState, which brings ids and labels.
         k: 1 .. Q.
         query_id: int64 [n], shared by the views; -1 has no own slots. Needs ids of the queue.
-        queue_id: int64 [Q]; needs `query_id`. Not with a QueueState.
-        queue_label: int64 [Q]; needs `query_label`. Not with a QueueState.
+        queue_id: int64 [Q], with `query_id`; not with a QueueState.
+        queue_label: int64 [Q], with `query_label`; not with a QueueState.
         query_label: int64 [n], shared by the views; negative = none, never a hit. Needs `pick`.
         pick: chooses one neighbour per row: a Pick draws it, an int64 tensor of the query's shape
             without D replays ranks (0 = nearest) drawn elsewhere.
         backend: "auto" or "reference"; "triton" and "cpp" are not built yet.
 
     Returns:
-        TopK: values and indices [.., k]; with `pick` also the drawn slot and its row, with labels
-        whether the drawn slot has the query's label.
+        TopK: values, indices [.., k]; with `pick` the chosen slots and rows, with labels the hits.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, k outside 1 .. Q, ids or labels on one side
-            only, or (on the CPU) a rank outside 0 .. k-1.
+            only, ranks (on the CPU) outside 0 .. k-1.
         RuntimeError: a backend that is not built.
 
     Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: losses/nnclr_loss.py (find_nn).
@@ -62,21 +60,19 @@ def queue_topk(
         queue_label = None if query_label is None else queue.queue_y
         queue = queue.queue
     if query.ndim not in (2, 3) or queue.ndim != 2 or query.shape[-1] != queue.shape[1]:
-        got = f"{list(query.shape)} and {list(queue.shape)}"
-        raise ValueError(f"query, queue: expected [n, D] or [V, n, D] and [Q, D], got {got}")
+        shapes = f"{list(query.shape)} and {list(queue.shape)}"
+        raise ValueError(f"query, queue: expected [n, D] or [V, n, D] and [Q, D], got {shapes}")
     if not (query.is_floating_point() and queue.is_floating_point()):
         raise ValueError(f"query, queue: expected floats, got {query.dtype} and {queue.dtype}")
     if not 1 <= k <= queue.shape[0]:
         raise ValueError(f"k: expected 1 .. {queue.shape[0]} (rows of the queue), got {k}")
-    pairs = (("id", query_id, queue_id), ("label", query_label, queue_label))
-    for name, of_query, of_queue in pairs:
-        if (of_query is None) != (of_queue is None):
-            raise ValueError(f"query_{name}, queue_{name}: expected both or neither, got one")
-        _check_int64(f"query_{name}", of_query, query.shape[-2:-1])
-        _check_int64(f"queue_{name}", of_queue, queue.shape[:1])
+    for key, mine, theirs in (("id", query_id, queue_id), ("label", query_label, queue_label)):
+        if (mine is None) != (theirs is None):
+            raise ValueError(f"query_{key}, queue_{key}: expected both or neither, got one")
+        _check_int64(f"query_{key}", mine, query.shape[-2:-1])
+        _check_int64(f"queue_{key}", theirs, queue.shape[:1])
     if query_label is not None and pick is None:
         raise ValueError("query_label: expected a pick with it, as its choice is what labels judge")
-
     if isinstance(pick, Pick):
         rank: Tensor | None = draw_ranks(pick, query.shape[:-1], k, query.device)
     else:
@@ -85,11 +81,9 @@ def queue_topk(
     tensors = (query_id, queue_id, query_label, queue_label, rank)
     if backend == "reference":
         return reference.queue_topk(query.detach(), queue.detach(), k, *tensors)
-    values, indices, *picked = op.queue_topk(query.detach(), queue.detach(), k, *tensors)
-    if rank is None:
-        return TopK(values, indices)
-    index, neighbour, hit = picked
-    return TopK(values, indices, index, neighbour, None if query_label is None else hit)
+    found = op.queue_topk(query.detach(), queue.detach(), k, *tensors)
+    # What was not asked for is an empty tensor, as an op cannot return None.
+    return TopK(*found[: 2 if rank is None else 4 if query_label is None else 5])
 
 
 def enqueue(
@@ -103,8 +97,8 @@ def enqueue(
     Args:
         state: the ring buffer.
         rows: [B, D], any float dtype; normalised in at least fp32 (eps 1e-12).
-        sample_id: int64 [B]; None writes -1.
-        label: int64 [B]; None writes -1.
+        sample_id: int64 [B]; None writes -1, and so with `label`.
+        label: int64 [B].
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -122,5 +116,5 @@ def enqueue(
 def _check_int64(name: str, entries: Tensor | None, shape: torch.Size) -> None:
     """Refuse another dtype or shape; None is fine."""
     if entries is not None and (entries.dtype != torch.int64 or entries.shape != shape):
-        got = f"{entries.dtype} {list(entries.shape)}"
-        raise ValueError(f"{name}: expected torch.int64 {list(shape)}, got {got}")
+        expected, got = f"torch.int64 {list(shape)}", f"{entries.dtype} {list(entries.shape)}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")

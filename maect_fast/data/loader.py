@@ -6,7 +6,10 @@ number of ranks and where a run was resumed change nothing.
 
 import logging
 import multiprocessing
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -62,7 +65,7 @@ class _Item:
     """What a worker hands over for one batch."""
 
     pixels: Tensor
-    """[V, n, C, S, S] or, for evaluation, [n, C, S, S] fp32; empty: too many broken images."""
+    """[V, n, C, S, S] or, for evaluation, [n, C, S, S] fp32; void if too many are broken."""
     sample_id: Tensor
     """[n] int64, the images really shown."""
     broken: dict[int, str]
@@ -100,23 +103,24 @@ class _TrainingBatches(Dataset[_Item]):
     def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
         epoch, indices = key
         S, C = self.img_size, self.source.in_chans
+        views = torch.empty(self.num_views, len(indices), C, S, S)
         ids = list(indices)
-        draws = self._draws(ids, epoch, NOISE).transpose(0, 1).tolist()
-        views = np.empty((self.num_views, len(ids), S, S, C), dtype=np.uint8)
         broken: dict[int, str] = {}
+        draws = self._draws(ids, epoch, NOISE)
         for row, index in enumerate(indices):
             image = _decode(self.source, index, broken)
             while image is None:
                 if len(broken) > self.max_broken:
-                    return _Item(torch.empty(0), torch.tensor(ids), broken)
+                    return _Item(views, torch.tensor(ids), broken)
                 ids[row] = (ids[row] + 1) % len(self.source)
                 image = _decode(self.source, ids[row], broken)
-            if ids[row] != index:
-                draws[row] = self._draws([ids[row]], epoch, NOISE)[:, 0].tolist()
-            views[:, row] = image_views(image, draws[row], self.augment, S)
-        all_draws = self._draws(ids, epoch, num_draws(self.augment, C * S * S))
-        pixels = _to_float(views, (0, 1, 4, 2, 3))
-        return _Item(finish_views(pixels, all_draws, self.augment), torch.tensor(ids), broken)
+            own = draws[:, row : row + 1]
+            if self.augment.noise or ids[row] != index:
+                own = self._draws([ids[row]], epoch, num_draws(self.augment, C * S * S))
+            pixels = image_views(image, own[:, 0, :NOISE].tolist(), self.augment, S)
+            # One image at a time stays in the cache.
+            views[:, row] = finish_views(_to_float(pixels)[:, None], own, self.augment)[:, 0]
+        return _Item(views, torch.tensor(ids), broken)
 
     def _draws(self, ids: list[int], epoch: int, num: int) -> Tensor:
         return draw(self.seed, torch.tensor(ids), epoch=epoch, num_views=self.num_views, num=num)
@@ -132,16 +136,16 @@ class _EvaluationBatches(Dataset[_Item]):
 
     def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
         S, C = self.img_size, self.source.in_chans
-        pixels = np.empty((len(key[1]), S, S, C), dtype=np.uint8)
+        images = torch.empty(len(key[1]), C, S, S)
         ids: list[int] = []
         broken: dict[int, str] = {}
         for index in key[1]:
             image = _decode(self.source, index, broken)
             if image is not None:
-                pixels[len(ids)] = eval_pixels(image, S)
+                pixels = _to_float(eval_pixels(image, S))
+                images[len(ids)] = to_normalized(pixels, self.augment)
                 ids.append(index)
-        images = to_normalized(_to_float(pixels[: len(ids)], (0, 3, 1, 2)), self.augment)
-        return _Item(images, torch.tensor(ids, dtype=torch.int64), broken)
+        return _Item(images[: len(ids)], torch.tensor(ids, dtype=torch.int64), broken)
 
 
 def _decode(source: Source, index: int, broken: dict[int, str]) -> Image.Image | None:
@@ -154,9 +158,9 @@ def _decode(source: Source, index: int, broken: dict[int, str]) -> Image.Image |
         return None
 
 
-def _to_float(pixels: NDArray[np.uint8], order: tuple[int, ...]) -> Tensor:
-    """Channels-last bytes to fp32 in [0, 1], axes in the given order."""
-    return torch.from_numpy(pixels).permute(order).contiguous().float().div_(255)
+def _to_float(pixels: NDArray[np.uint8]) -> Tensor:
+    """Bytes [..., S, S, C] to fp32 [..., C, S, S] in [0, 1]."""
+    return torch.from_numpy(pixels).movedim(-1, -3).contiguous().float().div_(255)
 
 
 class _BrokenImages:
@@ -412,12 +416,12 @@ def _data_loader(
 
 
 def _start_fork_server() -> None:
-    """Start the fork server, if there is none, with Ctrl-C and termination blocked.
+    """Start the fork server, if there is none, with the stop signals blocked.
 
-    Both reach the whole process group. The main process decides what they mean and stops the
-    workers; without the server the workers would take themselves for orphans and end while the main
-    process still waits for their batches. A blocked signal stays blocked in the processes started
-    meanwhile, and waits for this one.
+    Ctrl-C, launchers and schedulers send them to the whole process group. The main process decides
+    what they mean; without the server, workers would take themselves for orphans and end while the
+    main process still waits for their batches. What is blocked here stays blocked in the server,
+    and waits for this process.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -427,6 +431,17 @@ def _start_fork_server() -> None:
 
 
 def _init_worker(worker: int) -> None:
-    """Leave the stop signals to the main process, also under a fork server that others started."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Let nobody but the main process stop this worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        threading.Thread(target=_exit_on_request, daemon=True).start()
+
+
+def _exit_on_request() -> None:
+    """Wait for a termination signal from the main process, which sends one as it exits."""
+    main = multiprocessing.parent_process()
+    assert main is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
+        pass
+    os._exit(0)

@@ -275,49 +275,41 @@ def _synthetic(
 ) -> TensorSource:
     """Coloured waves.
 
-    Direction, frequency and colour of three waves belong to the class, their phases and a fourth
-    wave to the image. A phase moves a wave across the picture, so single pixels tell little about
-    the class.
+    Directions and frequencies of three waves belong to the class; their phases and colours, and a
+    fourth wave, to the image. A phase moves a wave across the picture, so single pixels say little
+    about the class.
     """
     if data.num_images < 1:
         raise ConfigError(f"data.num_images: expected at least 1, got {data.num_images}")
     N = data.num_images if split == "train" else max(1, data.num_images // 4)
     K, C, size = SYNTHETIC_WAVES, encoder.in_chans, encoder.img_size
     classes = torch.Generator().manual_seed(0)
-    class_angle, class_cycles, class_colour = _waves((SYNTHETIC_CLASSES, K), C, classes)
     samples = torch.Generator().manual_seed(1 if split == "train" else 2)
-    own_angle, own_cycles, own_colour = _waves((N, 1), C, samples)
-    phase = torch.rand(N, K + 1, generator=samples) * (2 * math.pi)
-
     labels = torch.arange(N) % SYNTHETIC_CLASSES
-    angle = torch.cat((class_angle[labels], own_angle), dim=1)  # [N, K + 1] fp32
-    cycles = torch.cat((class_cycles[labels], own_cycles), dim=1)  # [N, K + 1] fp32
-    colour = torch.cat((class_colour[labels], own_colour), dim=1)  # [N, K + 1, C] fp32
+    waves = torch.cat((_waves(SYNTHETIC_CLASSES, K, classes)[labels], _waves(N, 1, samples)), dim=1)
+    phase = torch.rand(N, K + 1, 1, generator=samples) * (2 * math.pi)
+    colour = torch.rand(N, K + 1, C, 1, generator=samples) * 2 - 1
     position = torch.arange(size) / size * (2 * math.pi)
     images = torch.empty(N, C, size, size, dtype=torch.uint8)
     for start in range(0, N, SYNTHETIC_CHUNK):
         part = slice(start, start + SYNTHETIC_CHUNK)
         # exp(i (x + y)) = exp(ix) exp(iy): one row and one column per wave instead of a picture of
         # cosines.
-        row = (cycles[part] * angle[part].cos())[..., None] * position + phase[part, :, None]
-        column = (cycles[part] * angle[part].sin())[..., None] * position
-        x, y = torch.polar(torch.ones_like(row), row), torch.polar(torch.ones_like(column), column)
-        tinted = (
-            torch.cat((y.real, -y.imag), dim=1)[:, :, None]
-            * colour[part].repeat(1, 2, 1)[..., None]
+        row = torch.exp(1j * (waves[part, :, :1] * position + phase[part]))
+        column = torch.exp(1j * (waves[part, :, 1:] * position))[:, :, None] * colour[part]
+        pixels = torch.einsum(
+            "nkch,nkw->nchw",
+            torch.cat((column.real, -column.imag), dim=1),
+            torch.cat((row.real, row.imag), dim=1),
         )
-        waves = torch.einsum("nkch,nkw->nchw", tinted, torch.cat((x.real, x.imag), dim=1))
-        images[part] = waves.mul_(127.5 / 2).add_(127.5).clamp_(0, 255).to(torch.uint8)
+        images[part] = pixels.mul_(127.5 / 2).add_(127.5).clamp_(0, 255).to(torch.uint8)
     return TensorSource(
         labels=labels, class_names=[f"waves {c}" for c in range(SYNTHETIC_CLASSES)], images=images
     )
 
 
-def _waves(
-    shape: tuple[int, int], channels: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random waves: direction and cycles per picture [*shape], colour [*shape, channels]."""
-    angle = torch.rand(shape, generator=generator) * math.pi
-    cycles = 1 + 3 * torch.rand(shape, generator=generator)
-    colour = torch.rand(*shape, channels, generator=generator) * 2 - 1
-    return angle, cycles, colour
+def _waves(num: int, waves: int, generator: torch.Generator) -> Tensor:
+    """Random wave vectors in cycles per picture, [num, waves, 2], of a length in [1, 4)."""
+    angle = torch.rand(num, waves, generator=generator) * math.pi
+    cycles = 1 + 3 * torch.rand(num, waves, generator=generator)
+    return torch.stack((cycles * angle.cos(), cycles * angle.sin()), dim=-1)

@@ -1,8 +1,8 @@
 """K-means on features, compared with classes that took no part in it.
 
-Source: arXiv 2304.10520 (version 2) table 6 gives k-means accuracies and no code; this is the
-field's usual reading: k is the number of classes, and clusters are matched to classes one to one
-(Hungarian method) for the accuracy.
+Source: arXiv 2304.10520 (version 2) reports cluster accuracies without code; this is the field's
+usual reading: k is the number of classes, and clusters are matched to classes one to one (Hungarian
+method) for the accuracy.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
 """Weighted k-nearest-neighbour classification, streamed through the exact top-k search.
 
-Source: arXiv 2304.10520 section 4; `ml-jku/MAE-CT: metrics/functional/knn.py`, after Wu et al.,
-arXiv 1805.01978.
+Source: arXiv 2304.10520; `ml-jku/MAE-CT: eval_knn.py, metrics/functional/knn.py`.
 """
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maect_fast.evaluation.features import Features
-from maect_fast.kernels.queue_topk import queue_topk
+from maect_fast.kernels import queue_topk
 
 __all__ = ["knn_accuracy", "knn_predict"]
 

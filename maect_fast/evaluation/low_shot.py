@@ -1,6 +1,6 @@
 """Logistic regression from a handful of labelled images per class.
 
-Source: arXiv 2304.10520 section 4 (extreme low-shot); `facebookresearch/msn: logistic_eval.py`;
+Source: arXiv 2304.10520; `facebookresearch/msn: logistic_eval.py`;
 `ml-jku/MAE-CT: loggers/offline_logistic_regression_logger.py`.
 """
 

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from maect_fast.kernels._common.collectives import all_gather_rows, all_reduce_sum
 
-__all__ = ["SyncBatchNorm1d", "World", "all_gather_rows", "init_world", "resolve_device"]
+__all__ = [
+    "SyncBatchNorm1d",
+    "World",
+    "all_gather_rows",
+    "close_world",
+    "init_world",
+    "resolve_device",
+]
 
 # A rank may wait this long for the others, e.g. while rank 0 writes a checkpoint or a report.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -38,11 +45,6 @@ class World:
     """All ranks, or None for a single process."""
     device: torch.device
     """Where this rank computes."""
-
-    def close(self) -> None:
-        """Leave the process group."""
-        if self.group is not None:
-            dist.destroy_process_group()
 
 
 def resolve_device(device: str) -> torch.device:
@@ -80,6 +82,12 @@ def init_world(device: str) -> World:
         group=dist.group.WORLD,
         device=place,
     )
+
+
+def close_world() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):

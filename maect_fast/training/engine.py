@@ -22,6 +22,7 @@ from maect_fast.checkpoint import (
     load_checkpoint,
     random_states,
     save_checkpoint,
+    seed_generators,
     set_random_states,
     write_atomically,
 )
@@ -79,6 +80,7 @@ def run_stage(
     loader = _build_loader(config, world)
     total = config.epochs * loader.updates_per_epoch
     state = build_stage(config, world, total=total)
+    seed_generators(config.seed + world.rank)
     if resumed is None:
         lines = start_weights(state, init=init, decoder=decoder)
     else:
@@ -139,7 +141,7 @@ def _update(state: StageState, model: nn.Module, batch: Batch, world: World) -> 
             label=batch.label.to(device, non_blocking=True),
             step=state.update,
         )
-    outputs["loss"].backward()
+    outputs["loss"].backward()  # type: ignore[no-untyped-call]
     state.apply_gradients()
     return {name: value.detach() for name, value in outputs.items()}
 

@@ -137,7 +137,10 @@ def start_weights(
             model.head.start_target()
             lines.append(f"head and queue from {init}")
     elif init is not None:
-        lines += load_encoder(model.encoder, init)
+        try:
+            lines += load_encoder(model.encoder, init)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
     if config.stage == "tune" and config.reconstruction_weight > 0:
         if decoder is None:
             raise CheckpointError(

@@ -423,6 +423,30 @@ def test_enqueue_wraps_round(sizes: list[int], dtype: torch.dtype, device: torch
         assert torch.equal(mine, theirs)
 
 
+class WrittenSlots(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the slots of every indexed write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.slots: list[list[int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.index_copy_.default:
+            self.slots.append(args[2].tolist())
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_slot_has_one_writer(device: torch.device) -> None:
+    """Of more than Q rows; two writers of one slot would race on a GPU."""
+    state = random_queue(7, 4, num_ids=7, num_classes=2, device=device)
+    ids = torch.arange(19, device=device)
+    with WrittenSlots() as written:
+        reference.enqueue(*state, unit_rows(19, 4, device=device), ids, ids)
+    assert [sorted(slots) for slots in written.slots] == [list(range(7))] * 3
+
+
 def test_enqueue_without_ids_and_labels_clears_them(device: torch.device) -> None:
     state = random_queue(5, 4, num_ids=5, num_classes=2, device=device)
     kept = state.queue_y[3:].tolist()

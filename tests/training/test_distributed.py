@@ -13,6 +13,7 @@ from maect_fast.training.distributed import (
     SyncBatchNorm1d,
     World,
     all_gather_rows,
+    close_world,
     init_world,
     resolve_device,
 )
@@ -72,7 +73,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     result["gathered"] = all_gather_rows(x, world.group)
     result["gathered_ids"] = all_gather_rows(torch.arange(2) + 10 * rank, world.group)
     torch.save(result, Path(folder) / f"{rank}.pt")
-    world.close()
+    close_world()
     assert not dist.is_initialized()
 
 
@@ -160,7 +161,7 @@ def test_without_torchrun_the_world_is_one_process(monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name, raising=False)
     world = init_world("cpu")
     assert world == World(rank=0, size=1, local_rank=0, group=None, device=torch.device("cpu"))
-    world.close()
+    close_world()
     x = torch.ones(2, requires_grad=True)
     assert not all_gather_rows(x, None).requires_grad
 

@@ -6,6 +6,7 @@ two agree to rounding, so that any difference in the formulas shows; fp32 is wha
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -14,12 +15,13 @@ import transcription as paper
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from maect_fast.checkpoint import save_checkpoint
 from maect_fast.config import Config, load_config
 from maect_fast.data import Batch
 from maect_fast.models.maect import ContrastiveModel, PretrainModel
 from maect_fast.training.distributed import init_world
 from maect_fast.training.engine import _update
-from maect_fast.training.stages import StageState, build_stage
+from maect_fast.training.stages import StageState, build_stage, last_checkpoint, start_weights
 
 BATCH, TOTAL, WARMUP = 16, 12, 2
 FIRST = 1  # the three updates see the last warm-up rate, the peak and the first decayed rate
@@ -67,9 +69,9 @@ encoder_ema: 0.9
 class Precision:
     dtype: torch.dtype
     tolerance: float
-    eps: (
-        float  # AdamW's; in fp32 it hides gradients that are zero but for rounding (the keys' bias)
-    )
+    # AdamW's. In fp32 it is large enough to hide gradients that are zero but for rounding, such as
+    # those of the keys' bias.
+    eps: float
 
 
 FP64 = Precision(torch.float64, 1e-9, 1e-8)
@@ -184,7 +186,7 @@ def watch_gradients(model: nn.Module) -> paper.State:
             assert parameter.grad is not None
             grads[name] = parameter.grad.clone()
 
-        parameter.register_post_accumulate_grad_hook(keep)
+        parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -210,8 +212,9 @@ def assert_same(ours: paper.State, theirs: paper.State, tolerance: float, what: 
         expected = theirs[name]
         assert value.dtype == expected.dtype, f"{what} {name}: {value.dtype}"
         assert value.shape == expected.shape, f"{what} {name}: {value.shape}"
-        error = (value.double() - expected.double()).abs().max()
-        limit = tolerance * max(1, expected.abs().max()) if value.is_floating_point() else 0
+        error = (value.double() - expected.double()).abs().max().item()
+        largest = expected.abs().max().item()
+        limit = tolerance * max(1.0, largest) if value.is_floating_point() else 0.0
         assert error <= limit, f"{what} {name}: off by {error:.2g}"
 
 
@@ -295,6 +298,31 @@ def test_stage_1(precision: Precision) -> None:
         assert_same_update(state, outputs, grads, expected, tolerance)
         assert_same(official(model.encoder), encoder, tolerance, "encoder")
         assert_same(official(model.decoder), decoder, tolerance, "decoder")
+
+
+def test_stage_3_starts_where_stage_2_ended(tmp_path: Path) -> None:
+    """Encoder, head, statistics and queue go on; only the target projector is new: a true copy."""
+    stage2 = build(tiny_config(STAGE2, FP32), FP32)
+    for batch in batches(FP32):
+        _update(stage2, stage2.model, batch, init_world("cpu"))
+    stage2.update = TOTAL
+    save_checkpoint(last_checkpoint(tmp_path), stage2.state_dict())
+    stage3 = build(tiny_config(STAGE3, FP32, seed=6), FP32)
+    start_weights(stage3, init=tmp_path)
+    assert isinstance(stage2.model, ContrastiveModel)
+    assert isinstance(stage3.model, ContrastiveModel)
+    assert stage3.encoder_ema is not None
+    encoder, head = official(stage2.model.encoder), official(stage2.model.head)
+    paper.start_target(head)
+    assert_same(official(stage3.model.encoder), encoder, 0, "encoder")
+    assert_same(official(stage3.encoder_ema.encoder), encoder, 0, "encoder EMA")
+    assert_same(official(stage3.model.head), head, 0, "head")
+    with torch.no_grad():
+        for parameter in stage3.model.head.projector.parameters():
+            parameter.zero_()
+    target = {name: value for name, value in head.items() if name.startswith("target")}
+    found = official(stage3.model.head)
+    assert_same({name: found[name] for name in target}, target, 0, "head")
 
 
 def test_positions() -> None:

@@ -1,0 +1,318 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from maect_fast.config import ConfigError, DataConfig, EncoderConfig
+from maect_fast.data import FolderSource, TensorSource, build_source
+
+WriteImage = Callable[..., Path]
+
+DIGITS = EncoderConfig(img_size=8, in_chans=1)
+RGB = EncoderConfig(img_size=32)
+
+
+def names(source: FolderSource, root: Path) -> list[str]:
+    return [os.path.relpath(source.name(i), root) for i in range(len(source))]
+
+
+def open_folder(root: Path, in_chans: int = 3) -> FolderSource:
+    source = build_source(
+        DataConfig(root=str(root)), EncoderConfig(in_chans=in_chans), split="train"
+    )
+    assert isinstance(source, FolderSource)
+    return source
+
+
+def test_digits_are_all_there_once_and_split_evenly() -> None:
+    train = build_source(DataConfig(source="digits"), DIGITS, split="train")
+    test = build_source(DataConfig(source="digits"), DIGITS, split="test")
+    assert isinstance(train, TensorSource)
+    assert isinstance(test, TensorSource)
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.class_names == [str(digit) for digit in range(10)]
+    assert train.num_classes == 10
+    assert train.images.dtype == torch.uint8
+
+    both = torch.cat((train.images, test.images)).view(-1, 64).double() * (16 / 255)
+    ours = torch.cat((both.round(), torch.cat((train.labels, test.labels))[:, None]), dim=1)
+    pixels, labels = load_digits(return_X_y=True)
+    theirs = torch.from_numpy(np.concatenate((pixels, labels[:, None]), axis=1))
+    assert sorted(ours.tolist()) == sorted(theirs.tolist())
+    assert (both - both.round()).abs().max() < 0.04
+
+    shares = [part.labels.bincount() / len(part) for part in (train, test)]
+    assert (shares[0] - shares[1]).abs().max() < 0.005
+
+
+def test_digits_split_is_fixed() -> None:
+    first = build_source(DataConfig(source="digits"), DIGITS, split="test")
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the global state must not matter
+    again = build_source(DataConfig(source="digits"), DIGITS, split="test")
+    assert isinstance(first, TensorSource)
+    assert isinstance(again, TensorSource)
+    assert torch.equal(first.images, again.images)
+    # Reported figures rest on this split.
+    assert first.labels[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
+    assert first.images.long().sum().item() == 1_790_819
+
+
+def test_digits_need_an_encoder_of_their_size() -> None:
+    with pytest.raises(ConfigError, match=r"encoder\.img_size, encoder\.in_chans: expected 8, 1"):
+        build_source(DataConfig(source="digits"), RGB, split="train")
+
+
+def test_synthetic_images_are_repeatable_and_balanced() -> None:
+    data = DataConfig(source="synthetic", num_images=200)
+    train = build_source(data, RGB, split="train")
+    again = build_source(data, RGB, split="train")
+    test = build_source(data, RGB, split="test")
+    assert isinstance(train, TensorSource)
+    assert isinstance(again, TensorSource)
+    assert isinstance(test, TensorSource)
+    assert train.images.shape == (200, 3, 32, 32)
+    assert train.images.dtype == torch.uint8
+    assert test.images.shape == (50, 3, 32, 32)
+    assert torch.equal(train.images, again.images)
+    assert not torch.equal(train.images[:50], test.images)
+    assert train.labels.bincount().tolist() == [20] * 10
+    # Neither grey nor clipped to black and white.
+    assert 40 < train.images.float().std() < 70
+
+
+def test_synthetic_classes_can_be_told_apart_but_not_by_their_pixels() -> None:
+    data = DataConfig(source="synthetic", num_images=400)
+    train = build_source(data, RGB, split="train")
+    test = build_source(data, RGB, split="test")
+    assert isinstance(train, TensorSource)
+    assert isinstance(test, TensorSource)
+
+    def accuracy(features: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        gallery, queries = features(train.images.float()), features(test.images.float())
+        nearest = torch.cdist(queries.flatten(1), gallery.flatten(1)).argmin(dim=1)
+        return (train.labels[nearest] == test.labels).double().mean().item()
+
+    # The spectrum's magnitude does not see the phases, which are the image's own.
+    spectrum = accuracy(lambda x: torch.fft.rfft2(x - x.mean(dim=(2, 3), keepdim=True)).abs())
+    pixels = accuracy(lambda x: x)
+    assert spectrum > 0.85
+    assert pixels < 0.7
+
+
+def test_synthetic_images_of_one_channel() -> None:
+    encoder = EncoderConfig(img_size=16, in_chans=1)
+    source = build_source(DataConfig(source="synthetic", num_images=3), encoder, split="test")
+    assert isinstance(source, TensorSource)
+    assert source.images.shape == (1, 1, 16, 16)
+    assert source.decode(0).mode == "L"
+
+
+def test_synthetic_needs_an_image() -> None:
+    with pytest.raises(ConfigError, match=r"data\.num_images: expected at least 1, got 0"):
+        build_source(DataConfig(source="synthetic", num_images=0), RGB, split="train")
+
+
+def test_tensor_source_decodes_its_own_pixels() -> None:
+    source = build_source(DataConfig(source="synthetic", num_images=2), RGB, split="train")
+    assert isinstance(source, TensorSource)
+    image = source.decode(1)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), source.images[1].permute(1, 2, 0).numpy())
+
+
+def test_folder_is_sorted_and_nested_folders_belong_to_their_class(
+    write_image: WriteImage, tmp_path: Path
+) -> None:
+    for name in ("b/2.png", "a/deep/er/1.JPG", "b/1.jpeg", "a/9.webp"):
+        write_image(name)
+    for name in ("a/.hidden.png", ".trash/1.png", "a/._9.png"):
+        write_image(name)
+    (tmp_path / "images" / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "images" / "empty").mkdir()
+    source = open_folder(tmp_path / "images")
+    assert names(source, tmp_path / "images") == [
+        "a/9.webp",
+        "a/deep/er/1.JPG",
+        "b/1.jpeg",
+        "b/2.png",
+    ]
+    assert source.class_names == ["a", "b"]
+    assert source.num_classes == 2
+    assert source.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "files", [["1.png", "2.png"], ["1.png", "a/2.png", "b/3.png"], ["all/1.png", "all/2.png"]]
+)
+def test_folder_without_classes_has_no_labels(
+    write_image: WriteImage, tmp_path: Path, files: list[str]
+) -> None:
+    for name in files:
+        write_image(name)
+    source = open_folder(tmp_path / "images")
+    assert source.labels.tolist() == [-1] * len(files)
+    assert source.class_names == []
+    assert source.num_classes == 0
+
+
+def test_folder_follows_links(write_image: WriteImage, tmp_path: Path) -> None:
+    write_image("a/1.png")
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "images" / "a").rename(elsewhere)
+    (tmp_path / "images" / "linked").symlink_to(elsewhere)
+    assert names(open_folder(tmp_path / "images"), tmp_path / "images") == ["linked/1.png"]
+
+
+def test_file_names_may_be_any_bytes(write_image: WriteImage, tmp_path: Path) -> None:
+    path = write_image("größe 1.png")
+    odd = os.fsencode(tmp_path / "images") + b"/\xff\xfe.png"
+    os.link(path, odd)
+    source = open_folder(tmp_path / "images")
+    assert {os.fsencode(source.name(i)) for i in range(2)} == {os.fsencode(path), odd}
+    assert [source.decode(i).size for i in range(2)] == [(40, 30), (40, 30)]
+
+
+def test_test_classes_are_numbered_by_the_training_folder(
+    write_image: WriteImage, tmp_path: Path
+) -> None:
+    for name in ("train/a/1.png", "train/b/1.png", "train/c/1.png", "test/c/1.png", "test/b/1.png"):
+        write_image(name)
+    data = DataConfig(
+        root=str(tmp_path / "images" / "train"), test_root=str(tmp_path / "images" / "test")
+    )
+    test = build_source(data, RGB, split="test")
+    assert test.labels.tolist() == [1, 2]
+    assert test.class_names == ["a", "b", "c"]
+
+    # A single class is a class here, as the training folder shows.
+    (tmp_path / "images" / "test" / "c" / "1.png").unlink()
+    assert build_source(data, RGB, split="test").labels.tolist() == [1]
+
+    write_image("test/d/1.png")
+    with pytest.raises(ConfigError, match=r"data\.test_root: expected the class folders .* 'd'"):
+        build_source(data, RGB, split="test")
+
+
+def test_test_folder_alone_has_its_own_classes(write_image: WriteImage, tmp_path: Path) -> None:
+    for name in ("test/b/1.png", "test/c/1.png"):
+        write_image(name)
+    data = DataConfig(test_root=str(tmp_path / "images" / "test"))
+    assert build_source(data, RGB, split="test").labels.tolist() == [0, 1]
+
+
+def test_flat_test_folder_beside_classes_has_no_labels(
+    write_image: WriteImage, tmp_path: Path
+) -> None:
+    for name in ("train/a/1.png", "train/b/1.png", "test/1.png"):
+        write_image(name)
+    data = DataConfig(
+        root=str(tmp_path / "images" / "train"), test_root=str(tmp_path / "images" / "test")
+    )
+    test = build_source(data, RGB, split="test")
+    assert test.labels.tolist() == [-1]
+    assert test.class_names == []
+
+
+@pytest.mark.parametrize("key", ["root", "test_root"])
+def test_missing_folders_are_named_in_one_line(tmp_path: Path, key: str) -> None:
+    (tmp_path / "empty").mkdir()
+    split = "train" if key == "root" else "test"
+    for value, message in (
+        (None, "expected a folder of images, got none"),
+        (str(tmp_path / "no"), "there is no folder"),
+        (str(tmp_path / "empty"), "no image in"),
+    ):
+        data = DataConfig(**{key: value})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=message) as error:
+            build_source(data, RGB, split=split)  # type: ignore[arg-type]
+        assert str(error.value).startswith(f"data.{key}: ")
+        assert "\n" not in str(error.value)
+
+
+def test_unreadable_folder_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def locked(path: str) -> object:
+        if path.endswith("dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(ConfigError, match=r"data\.root: cannot read the folder .*dog.*denied"):
+        open_folder(folder)
+
+
+def test_channels_are_one_or_three(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"encoder\.in_chans: expected 3 or 1, got 4"):
+        open_folder(folder, in_chans=4)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("L", "x.png"),
+        ("L", "x.jpg"),
+        ("1", "x.png"),
+        ("LA", "x.png"),
+        ("RGBA", "x.png"),
+        ("RGBA", "x.webp"),
+        ("P", "x.png"),
+        ("P", "x.gif"),
+        ("CMYK", "x.jpg"),
+        ("CMYK", "x.tif"),
+        ("YCbCr", "x.jpg"),
+    ],
+)
+def test_every_mode_is_decoded_like_pillow_converts(
+    write_image: WriteImage, tmp_path: Path, mode: str, name: str, in_chans: int
+) -> None:
+    path = write_image(name, mode=mode)
+    with Image.open(path) as stored:
+        expected = stored.convert("RGB" if in_chans == 3 else "L")
+    image = open_folder(tmp_path / "images", in_chans).decode(0)
+    assert image.mode == expected.mode
+    assert image.size == (40, 30)
+    assert image.tobytes() == expected.tobytes()
+
+
+def test_palette_with_transparency_warns_nobody(write_image: WriteImage, tmp_path: Path) -> None:
+    path = write_image("x.png", mode="P")
+    with Image.open(path) as stored:
+        stored.load()
+        stored.save(path, transparency=bytes([0, 128, 255]))
+    with pytest.warns(UserWarning, match="Transparency"), Image.open(path) as stored:
+        stored.convert("RGB")
+    assert open_folder(tmp_path / "images").decode(0).mode == "RGB"
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(ramp).save(tmp_path / "images" / "x.png")
+    image = open_folder(tmp_path / "images", in_chans=1).decode(0)
+    assert np.array_equal(np.asarray(image), (ramp // 256).astype(np.uint8))
+
+
+def test_large_pictures_and_odd_metadata_warn_nobody(
+    write_image: WriteImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_image("x.jpg")
+    with Image.open(path) as stored:
+        stored.load()
+        stored.save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
+    # 40 x 30 pixels are above the limit of 1,000 that warns and below the 2,000 that refuses.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.warns() as record, Image.open(path):
+        pass
+    assert {warning.category for warning in record} == {
+        UserWarning,
+        Image.DecompressionBombWarning,
+    }
+    assert open_folder(tmp_path / "images").decode(0).size == (40, 30)

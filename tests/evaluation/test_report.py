@@ -1,0 +1,245 @@
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from maect_fast.evaluation import Features
+from maect_fast.evaluation.figures import (
+    plot_attention,
+    plot_confusion,
+    plot_curves,
+    plot_reconstructions,
+    plot_tsne,
+)
+from maect_fast.evaluation.report import format_table, write_report
+
+ROWS = {
+    "raw <pixels>": {"knn": 0.98, "kmeans_acc": 0.79, "kmeans_acc_std": 0.031, "seconds": 0.0},
+    "MAE-CT": {"kmeans_acc": 0.9312, "knn": 0.9871, "seconds": 190.0},
+    "no labels": {},
+}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.pictures: dict[str, bytes] = {}
+        self.texts: list[str] = []
+        self.bold: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "img":
+            values = dict(attrs)
+            kind, content = str(values["src"]).split(",", 1)
+            assert kind == "data:image/png;base64"
+            self.pictures[str(values["alt"])] = base64.b64decode(content)
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(data.strip())
+            if self.tags and self.tags[-1] == "strong":
+                self.bold.append(data)
+
+
+def small_figure() -> Figure:
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot([0, 1], [1, 0])
+    return figure
+
+
+def drawn(figure: Figure) -> None:
+    """The figure renders, and not to a blank page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=50)
+    buffer.seek(0)
+    assert imread(buffer).std() > 0.02
+
+
+def lines(num: int, **more: float) -> list[dict[str, float]]:
+    fixed = {"lr": 1e-3, "images_per_second": 9, **more}
+    return [{"update": i, "epoch": i / 2, "loss": 1 / (1 + i), **fixed} for i in range(num)]
+
+
+def titles(axes: list[Axes]) -> list[str]:
+    return [ax.get_title() for ax in axes if ax.get_title()]
+
+
+def shown_by(ax: Axes) -> npt.NDArray[np.float64]:
+    """The array behind the first picture."""
+    return np.asarray(ax.images[0].get_array(), dtype=np.float64)
+
+
+def test_table() -> None:
+    assert format_table(ROWS).split("\n") == [
+        "|              |  k-NN |  k-means ACC | seconds |",
+        "| ------------ | ----: | -----------: | ------: |",
+        "| raw <pixels> | 0.980 | 0.790 ±0.031 |   0.000 |",
+        "| MAE-CT       | 0.987 |        0.931 | 190.000 |",
+        "| no labels    |     - |            - |       - |",
+    ]
+
+
+def test_report_files(tmp_path: Path) -> None:
+    out = tmp_path / "run" / "report"
+    figures = {"Training": small_figure(), "t-SNE: before & after": small_figure()}
+    path = write_report(
+        out, title="Digits & <more>", tables={"Test": ROWS}, figures=figures, notes=["a < b"]
+    )
+    assert path == out / "report.html"
+
+    content = json.loads((out / "report.json").read_text())
+    assert content["tables"] == {"Test": ROWS}
+    assert content["notes"] == ["a < b"]
+    files = content["figures"]
+    assert files == {
+        "Training": "figures/training.png",
+        "t-SNE: before & after": "figures/t-sne-before-after.png",
+    }
+
+    markdown = (out / "report.md").read_text()
+    assert format_table(ROWS) in markdown
+    for heading, file in files.items():
+        assert f"![{heading}]({file})" in markdown
+
+    page = Page(path.read_text())
+    assert page.pictures == {name: (out / file).read_bytes() for name, file in files.items()}
+    for png in page.pictures.values():
+        assert imread(io.BytesIO(png)).std() > 0.02
+    assert {"Digits & <more>", "raw <pixels>", "a < b", "0.790", "±0.031"} <= set(page.texts)
+    # The best of each metric, and of those only: 190 seconds are no achievement.
+    assert page.bold == ["0.987", "0.931"]
+    # One file that needs nothing else, legible on a phone.
+    text = path.read_text()
+    assert "http" not in text
+    assert 'name="viewport"' in text
+
+
+def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
+    for value in (0.5, 0.75):
+        write_report(tmp_path, title="t", tables={"Test": {"a": {"knn": value}}}, figures={})
+    assert "0.750" in (tmp_path / "report.md").read_text()
+    assert "0.500" not in (tmp_path / "report.html").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "figures",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+
+
+def test_report_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(tmp_path, title="t", tables={"x": {"a": {"knn": float("nan")}}}, figures={})
+    same = {"a b": small_figure(), "A, B": small_figure()}
+    with pytest.raises(ValueError, match="distinct headings"):
+        write_report(tmp_path, title="t", tables={}, figures=same)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_have_a_column_per_stage_and_a_row_per_metric() -> None:
+    figure = plot_curves({"pretrain": lines(5), "empty": [], "tune": lines(3, nn_accuracy=0.5)})
+    assert len(figure.axes) == 8
+    assert titles(figure.axes) == ["pretrain", "tune"]
+    loss = figure.axes[0].lines[0].get_xydata()
+    assert np.asarray(loss).tolist() == [[i / 2, 1 / (1 + i)] for i in range(5)]
+    # The first stage has no neighbours: its cell is off.
+    assert [len(ax.lines) for ax in figure.axes] == [1, 1, 0, 1, 1, 1, 1, 1]
+    drawn(figure)
+    drawn(plot_curves({"one line": lines(1)}))
+    with pytest.raises(ValueError, match="at least one line"):
+        plot_curves({"empty": []})
+
+
+def test_tsne_shows_the_same_images_in_every_panel(blobs: tuple[Features, Features]) -> None:
+    before = blobs[0]
+    after = Features(x=before.x + 4 * torch.eye(16)[before.label], label=before.label)
+    panels = {"before": before, "after": after}
+    figure = plot_tsne(panels, class_names=["a", "b", "c"], max_points=90)
+    assert titles(figure.axes) == ["before", "after"]
+    sizes = [
+        [len(np.asarray(group.get_offsets())) for group in ax.collections] for ax in figure.axes
+    ]
+    assert sizes[0] == sizes[1]
+    assert sum(sizes[0]) == 90
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+    drawn(figure)
+    # Colours belong to the right points: where classes are apart, so are the colours.
+    groups = [np.asarray(group.get_offsets()) for group in figure.axes[1].collections]
+    centres = np.stack([np.median(group, axis=0) for group in groups])
+    for own, group in enumerate(groups):
+        nearest = np.linalg.norm(group[:, None] - centres, axis=2).argmin(axis=1)
+        assert (nearest == own).mean() > 0.9
+    again = plot_tsne(panels, max_points=90)
+    for one, two in zip(figure.axes, again.axes, strict=True):
+        for left, right in zip(one.collections, two.collections, strict=True):
+            assert np.array_equal(left.get_offsets(), right.get_offsets())
+
+
+def test_tsne_without_labels() -> None:
+    unknown = Features(x=torch.randn(8, 4), label=torch.full((8,), -1))
+    figure = plot_tsne({"only": unknown})
+    assert len(figure.axes[0].collections) == 1
+    assert figure.legends == []
+    with pytest.raises(ValueError, match="at least 4 images, got 3"):
+        plot_tsne({"only": Features(x=unknown.x[:3], label=unknown.label[:3])})
+    with pytest.raises(ValueError, match=r"the same images, got \[8, 7\]"):
+        plot_tsne({"a": unknown, "b": Features(x=unknown.x[:7], label=unknown.label[:7])})
+
+
+def test_confusion_lines_clusters_up_with_classes() -> None:
+    label = torch.tensor([0] * 4 + [1] * 5 + [2] * 3 + [-1])
+    place = torch.tensor([0] * 4 + [1] * 4 + [2] + [2] * 3 + [0])
+    some = Features(x=torch.eye(3)[place], label=label)
+    figure = plot_confusion(some, class_names=["cat", "dog"])
+    ax = figure.axes[0]
+    shares = shown_by(ax)
+    np.testing.assert_allclose(shares, np.array([[1, 0, 0], [0, 0.8, 0.2], [0, 0, 1]]))
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["cat", "dog", "2"]
+    assert [text.get_text() for text in ax.texts] == ["4", "4", "1", "3"]
+    assert ax.get_title() == "k-means: 91.7% of 12 images on the diagonal"
+    drawn(figure)
+    with pytest.raises(ValueError, match="at least one labelled image"):
+        plot_confusion(Features(x=some.x, label=torch.full_like(label, -1)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reconstructions_and_attention(channels: int) -> None:
+    images = np.random.default_rng(0).random((2, 8, 8, channels))
+    figure = plot_reconstructions(images, images * 0.5, 1.5 * images)
+    assert len(figure.axes) == 6
+    shown = [shown_by(ax).reshape(8, 8, -1) for ax in figure.axes]
+    for column in range(2):
+        np.testing.assert_allclose(shown[column], images[column])
+        np.testing.assert_allclose(shown[2 + column], images[column] * 0.5)
+        np.testing.assert_allclose(shown[4 + column], (1.5 * images[column]).clip(0, 1))
+    drawn(figure)
+
+    attention = torch.rand(2, 9, 4, 4)
+    figure = plot_attention(images, attention)
+    assert titles(figure.axes) == ["image", "mean", *(f"head {i}" for i in range(6))]
+    second_row = [shown_by(ax) for ax in figure.axes[8:]]
+    np.testing.assert_allclose(second_row[1], attention[1].mean(dim=0).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(second_row[7], attention[1, 5].numpy())
+    drawn(figure)
+
+
+def test_pictures_that_do_not_fit() -> None:
+    images = np.zeros((2, 8, 8, 1))
+    with pytest.raises(ValueError, match=r"one shape, got \[\[2, 8, 8, 1\], \[2, 8, 8, 1\], \[1, "):
+        plot_reconstructions(images, images, images[:1])
+    with pytest.raises(ValueError, match="maps of 2 images, got 3"):
+        plot_attention(images, torch.rand(3, 2, 4, 4))

@@ -1,0 +1,166 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maect_fast.cli import main
+from maect_fast.evaluation import load_features
+
+SMALL = [
+    "encoder.name=vit_tiny_patch16_224",
+    "encoder.img_size=32",
+    "encoder.embed_dim=24",
+    "encoder.depth=2",
+    "encoder.num_heads=2",
+    "encoder.patch_size=8",
+    "decoder={embed_dim: 16, depth: 1, num_heads: 2}",
+    "head.projector_hidden=16",
+    "head.predictor_hidden=16",
+    "head.output_dim=8",
+    "batch_size=8",
+    "epochs=2",
+    "data.workers=0",
+    "device=cpu",
+    "threads=1",
+]
+HEAD = ["head.queue_size=20", "head.topk=2"]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Twenty-four unlabelled JPEG files of different sizes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (40 + i, 60 - i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return folder
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a mistake gives."""
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_unlabelled_folder_through_all_stages(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file of a run directory is there, and metrics that need labels are not."""
+    root = f"data.root={images}"
+    mae, head, tuned = tmp_path / "mae", tmp_path / "head", tmp_path / "tuned"
+    assert main(["pretrain", "--recipe", "b16", "--out", str(mae), root, *SMALL]) == 0
+    command = ["prepare-head", "--recipe", "b16-aug", "--out", str(head), "--init", str(mae)]
+    assert main([*command, root, *SMALL, "head.queue_size=20"]) == 0
+    command = ["tune", "--recipe", "b16-aug", "--out", str(tuned), "--init", str(head)]
+    assert main([*command, root, *SMALL, *HEAD, "frozen_blocks=1"]) == 0
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/last.pt"):
+        assert (tuned / name).is_file()
+    assert list(tuned.glob("events.out.tfevents.*"))
+    line = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
+    keys = {"update", "epoch", "loss", "nn_accuracy", "lr", "images_per_second"}
+    assert line.keys() == keys
+    assert line["update"] == 6
+    capsys.readouterr()
+
+    assert main(["evaluate", str(mae), str(tuned), f"data.test_root={images}"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert (tuned / "report" / "report.json").is_file()
+    features = tmp_path / "x.safetensors"
+    assert main(["extract", str(tuned), "--out", str(features)]) == 0
+    assert load_features(features).x.shape == (24, 24)
+
+
+def test_added_reconstruction_loss(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"data.root={images}", *SMALL]
+    mae, head, tuned = tmp_path / "mae", tmp_path / "head", tmp_path / "tuned"
+    assert main(["pretrain", "--recipe", "b16", "--out", str(mae), *settings]) == 0
+    command = ["prepare-head", "--recipe", "b16", "--out", str(head), "--init", str(mae)]
+    assert main([*command, *settings, "head.queue_size=20"]) == 0
+    command = ["tune", "--recipe", "b16", "--out", str(tuned), "--init", str(head)]
+    command += [*settings, *HEAD, "frozen_blocks=1", "reconstruction_weight=0.5"]
+    capsys.readouterr()
+    assert "give the pretrain run with --decoder RUN" in error_of(capsys, *command)
+    assert main([*command, "--decoder", str(mae)]) == 0
+    line = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
+    total = line["contrastive"] + 0.5 * line["reconstruction"]
+    assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_mistakes_are_one_line(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    root = f"data.root={images}"
+    pretrain = ("pretrain", "--recipe", "b16", "--out", out)
+    tune = ("tune", "--recipe", "b16", "--out", out)
+    assert "no run to continue there" in error_of(capsys, "tune", "--out", out)
+    assert "no recipe 'x'" in error_of(capsys, "tune", "--recipe", "x", "--out", out)
+    assert "--init: tune starts from" in error_of(capsys, *tune, root)
+    assert "data.root" in error_of(capsys, *pretrain)
+    assert "data.root" in error_of(capsys, *pretrain, f"data.root={tmp_path / 'nowhere'}")
+    assert "batch_size: expected at most the 24 images" in error_of(capsys, *pretrain, root)
+    assert "frozen_blocks" in error_of(
+        capsys, *tune, root, *SMALL, *HEAD, "frozen_blocks=3", "--from-scratch"
+    )
+    assert "encoder.name: timm has no model" in error_of(
+        capsys, *pretrain, root, *SMALL, "encoder.name=vit_enormous"
+    )
+    assert "no such checkpoint" in error_of(capsys, "evaluate", out)
+    assert "no such checkpoint" in error_of(
+        capsys, *tune, root, *SMALL, *HEAD, "frozen_blocks=1", "--init", str(images)
+    )
+    weights = tmp_path / "weights.pth"
+    weights.write_text("nothing")
+    head = ("prepare-head", "--recipe", "b16", "--out", str(tmp_path / "head"))
+    assert "weights.pth" in error_of(capsys, *head, root, *SMALL, *HEAD, "--init", str(weights))
+
+
+def test_a_wrong_size_between_stages_is_named(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"data.root={images}", *SMALL, "epochs=1"]
+    mae = tmp_path / "mae"
+    assert main(["pretrain", "--recipe", "b16", "--out", str(mae), *settings]) == 0
+    capsys.readouterr()
+    command = ("prepare-head", "--recipe", "b16", "--init", str(mae), *settings, *HEAD)
+    told = error_of(capsys, *command, "--out", str(tmp_path / "head"), "encoder.embed_dim=32")
+    assert "encoder.cls_token has shape [1, 1, 24], this configuration expects [1, 1, 32]" in told
+
+
+@pytest.mark.parametrize("arguments", [["doctor", "x=1"], ["demo", "epochs=2"], ["tune", "--wat"]])
+def test_unknown_arguments_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for op in ("masked_attention", "queue_topk", "info_nce"):
+        states = {line.split()[1]: line for line in lines if line.split()[:1] == [op]}
+        assert states.keys() == {"triton", "cpp", "reference"}
+        assert states["reference"].endswith("works")
+    assert any(line.startswith("  torchvision") and "loads" in line for line in lines)
+
+
+def test_help_needs_no_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "maect_fast.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "prepare-head" in done.stdout
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert modules.isdisjoint({"torch", "timm", "torchvision", "sklearn", "matplotlib"})
