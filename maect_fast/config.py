@@ -68,6 +68,9 @@ class DecoderConfig:
     """Number of blocks."""
     num_heads: int = 16
     """Attention heads."""
+    normalize_pixels: bool = True
+    """Predict every patch with its own mean and deviation taken out, as the paper does; patches of
+    a few pixels have too little left then."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from matplotlib.figure import Figure
 
 from maect_fast.config import Config, Stage, load_config, load_recipe
 from maect_fast.evaluation.compare import Measured, Subject, draw, measure
@@ -41,7 +42,7 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
     """
     began = time.monotonic()
     tables: dict[str, dict[str, dict[str, float]]] = {}
-    figures = {}
+    figures: dict[str, Figure] = {}
     for seed in seeds:
         folder = out / f"seed-{seed}"
         if not _train(folder, seed, control=control):

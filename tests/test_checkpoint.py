@@ -52,10 +52,17 @@ def test_the_file_is_on_disk_before_it_has_its_name(
 ) -> None:
     order = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number)))
-    monkeypatch.setattr(
-        Path, "replace", lambda path, to: (order.append("replace"), replace(path, to))[1]
-    )
+
+    def watched_fsync(number: int) -> None:
+        order.append("fsync")
+        fsync(number)
+
+    def watched_replace(path: Path, target: Path) -> Path:
+        order.append("replace")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
     save_checkpoint(tmp_path / "x.pt", {})
     assert order == ["fsync", "replace", "fsync"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from maect_fast.config import Config
 from maect_fast.data import build_source, eval_batches
 from maect_fast.evaluation import METHODS, Features, Method, evaluate_features
-from maect_fast.evaluation.features import cls_attention
+from maect_fast.evaluation.features import cls_attention, concatenate
 from maect_fast.evaluation.figures import (
     plot_attention,
     plot_confusion,
@@ -103,11 +103,15 @@ def draw(
     test = measured[after].test
     images = _test_images(last.config)
     classes = build_source(last.config.data, last.config.encoder, split="test").class_names
-    figures = {"Training": plot_curves({name: read_metrics(run) for name, run in runs.items()})}
+    figures = {}
+    curves = {name: lines for name, run in runs.items() if (lines := read_metrics(run))}
+    if curves:
+        figures["Training"] = plot_curves(curves)
     panels = {name: measured[name].test for name in dict.fromkeys((before, after))}
     figures["t-SNE of the test images"] = plot_tsne(panels, class_names=classes, seed=seed)
-    if len(test.labelled().label.unique()) >= 2:
-        figures["Clusters and classes"] = plot_confusion(test, class_names=classes, seed=seed)
+    everything = concatenate(measured[after].train, test)
+    if len(torch.unique(everything.labelled().label)) >= 2:
+        figures["Clusters and classes"] = plot_confusion(everything, class_names=classes, seed=seed)
     for run in runs.values():
         config, state = load_run(run)
         if config.stage == "pretrain":

@@ -52,7 +52,7 @@ def probe_schedule(num_rows: int) -> tuple[int, int]:
     (1,437 rows: batch 179, 200 epochs) raw pixels reach 0.975, scikit-learn's converged logistic
     regression 0.967, and the paper's own numbers, 50 updates there, 0.955.
     """
-    batch_size = max(1, min(1024, num_rows // 8))
+    batch_size = max(2, min(1024, num_rows // 8))
     return max(50, math.ceil(1600 / (num_rows // batch_size))), batch_size
 
 

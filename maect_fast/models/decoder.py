@@ -23,7 +23,7 @@ from maect_fast.models.encoder import (
     sincos_pos_embed,
 )
 
-__all__ = ["Decoder", "normalized_patches", "reconstruction_loss"]
+__all__ = ["Decoder", "patch_targets", "reconstruction_loss"]
 
 
 class Decoder(nn.Module):
@@ -41,6 +41,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, encoder: Encoder) -> None:
         super().__init__()
+        self.normalize_pixels = config.normalize_pixels
         dim, norm = config.embed_dim, cast("type[nn.Module]", partial(nn.LayerNorm, eps=NORM_EPS))
         if dim % config.num_heads:
             raise ValueError(
@@ -83,40 +84,39 @@ class Decoder(nn.Module):
         return self.pred(self.norm(removed))  # type: ignore[no-any-return]
 
 
-def reconstruction_loss(
-    predicted: Tensor, images: Tensor, masking: Masking, patch_size: int
-) -> Tensor:
+def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error on the removed patches, 0-d, in at least fp32.
 
     Equals `sum(mean((predicted - target) ** 2, -1) * mask) / sum(mask)` over all patches.
 
     Args:
-        predicted: [B, L - N, p * p * C], gets the gradient.
-        images: [B, C, H, W] normalised.
-        masking: which patches were removed.
-        patch_size: p.
+        predicted: [B, M, p * p * C], gets the gradient.
+        target: the same shape, see `patch_targets`.
     """
-    target, _, _ = normalized_patches(images, masking.ids_removed, patch_size)
     return (predicted.to(target.dtype) - target).square().mean()
 
 
-def normalized_patches(
-    images: Tensor, ids: Tensor, patch_size: int
+def patch_targets(
+    images: Tensor, ids: Tensor, patch_size: int, *, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The decoder's targets: every patch with its own mean and deviation taken out.
+    """What the decoder is to predict, and how to get back to pixels: `target * std + mean`.
 
     Args:
         images: [B, C, H, W].
         ids: [B, M] patches.
         patch_size: p.
+        normalize: take every patch's own mean and deviation out.
 
     Returns:
-        (pixel - mean) / std [B, M, p * p * C] channel last; mean [B, M, 1]; std [B, M, 1], the
-        root of the unbiased variance + 1e-6. All in at least fp32.
+        target [B, M, p * p * C] channel last; mean [B, M, 1]; std [B, M, 1], the root of the
+        unbiased variance + 1e-6. Without `normalize` mean and std are 0 and 1. All in at least
+        fp32.
     """
     patches = gather_patches(images, ids, patch_size).permute(0, 1, 3, 4, 2).flatten(2)
     patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
     var, mean = torch.var_mean(patches, dim=2, keepdim=True)
+    if not normalize:
+        return patches, torch.zeros_like(mean), torch.ones_like(var)
     std = (var + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maect_fast.config import Config
-from maect_fast.models.decoder import Decoder, normalized_patches, reconstruction_loss
+from maect_fast.models.decoder import Decoder, patch_targets, reconstruction_loss
 from maect_fast.models.encoder import (
     Encoder,
     masking_noise,
@@ -101,7 +101,7 @@ class PretrainModel(nn.Module):
         masking = random_masking(noise, self.mask_ratio)
         predicted = self.decoder(self.encoder(images, masking.ids_keep), masking).float()
         ids, p = masking.ids_removed, self.encoder.patch_size
-        _, mean, std = normalized_patches(images, ids, p)
+        _, mean, std = patch_targets(images, ids, p, normalize=self.decoder.normalize_pixels)
         return Reconstruction(
             paste_patches(images, ids, torch.zeros_like(predicted), p),
             paste_patches(images, ids, predicted * std + mean, p),
@@ -247,7 +247,13 @@ def _masked_loss(
     masking = random_masking(noise, model.mask_ratio)
     images = views.flatten(0, 1)
     predicted = decoder(model.encoder(images, masking.ids_keep), masking)
-    return reconstruction_loss(predicted, images, masking, model.encoder.patch_size)
+    target, _, _ = patch_targets(
+        images,
+        masking.ids_removed,
+        model.encoder.patch_size,
+        normalize=decoder.normalize_pixels,
+    )
+    return reconstruction_loss(predicted, target)
 
 
 def _check_mask_ratio(mask_ratio: float, encoder: Encoder) -> None:

@@ -2,6 +2,11 @@ import pytest
 import torch
 
 from maect_fast.evaluation import METHODS, Features, Method, evaluate_features
+from maect_fast.evaluation.clustering import kmeans
+from maect_fast.evaluation.features import concatenate
+from maect_fast.evaluation.knn import knn_accuracy
+from maect_fast.evaluation.linear_probe import linear_probe
+from maect_fast.evaluation.low_shot import low_shot
 
 KEYS = {
     "knn": {"knn", "knn_standardised"},
@@ -23,6 +28,22 @@ def test_every_metric_is_there_and_repeats(blobs: tuple[Features, Features]) -> 
     assert all(0 <= value <= 1 for value in found.values())
     assert evaluate_features(*blobs, seed=1) == found
     assert evaluate_features(*blobs, seed=2) != found
+
+
+def test_figures_are_those_of_the_single_functions(blobs: tuple[Features, Features]) -> None:
+    train, test = blobs
+    found = evaluate_features(train, test, seed=2)
+    assert found["knn"] == knn_accuracy(train, test)
+    assert found["knn_standardised"] == knn_accuracy(train, test, standardise=True)
+    probe = linear_probe(train, test, epochs=200, batch_size=37, seed=2)
+    assert (found["linear_probe"], found["linear_probe_last"]) == (probe.best, probe.last)
+    for shots in (1, 2, 5):
+        mean, std = low_shot(train, test, shots=shots, seed=2)
+        assert (found[f"low_shot_{shots}"], found[f"low_shot_{shots}_std"]) == (mean, std)
+    both = concatenate(train, test)
+    scores, std = kmeans(both, num_clusters=3, seed=2).scores(both.label)
+    assert (found["kmeans_acc"], found["kmeans_acc_std"]) == (scores.acc, std)
+    assert (found["kmeans_nmi"], found["kmeans_ari"]) == (scores.nmi, scores.ari)
 
 
 @pytest.mark.parametrize("method", METHODS)

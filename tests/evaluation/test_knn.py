@@ -70,12 +70,12 @@ def test_standardising_changes_the_answer() -> None:
 
 
 def test_standardising_survives_a_constant_feature() -> None:
-    x = torch.cat([GALLERY.x, torch.full((4, 1), 0.3)], dim=1)
-    query = torch.tensor([[3.0, 0.0, 0.3]])
+    x = torch.cat([GALLERY.x, torch.full((4, 1), 0.5)], dim=1)
+    query = torch.tensor([[*row(-0.6), 0.5]])
     train = Features(x=x, label=GALLERY.label)
     with_constant = knn_predict(train, query, k=1, standardise=True)
     without = knn_predict(GALLERY, query[:, :2], k=1, standardise=True)
-    assert with_constant.tolist() == without.tolist() == [0]
+    assert with_constant.tolist() == without.tolist() == [2]
 
 
 def test_queries_are_searched_in_chunks(

@@ -81,7 +81,7 @@ def test_raw_digits_reach_logistic_regression(digits: tuple[Features, Features])
 
 @pytest.mark.parametrize(
     ("num_rows", "expected"),
-    [(1_281_167, (50, 1024)), (8192, (200, 1024)), (1437, (200, 179)), (16, (200, 2))],
+    [(1_281_167, (50, 1024)), (8192, (200, 1024)), (1437, (200, 179)), (9, (400, 2))],
 )
 def test_schedule(num_rows: int, expected: tuple[int, int]) -> None:
     assert probe_schedule(num_rows) == expected

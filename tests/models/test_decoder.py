@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from maect_fast.config import DecoderConfig, EncoderConfig
-from maect_fast.models.decoder import Decoder, normalized_patches, reconstruction_loss
+from maect_fast.models.decoder import Decoder, patch_targets, reconstruction_loss
 from maect_fast.models.encoder import Encoder, Masking, random_masking, sincos_pos_embed
 
 DIM, PATCH, HEADS = 16, 2, 4
@@ -85,6 +85,11 @@ def test_heads_must_divide_the_width() -> None:
         Decoder(DecoderConfig(embed_dim=16, depth=1, num_heads=3), encoder)
 
 
+def loss_of(predicted: Tensor, images: Tensor, masking: Masking) -> Tensor:
+    target, _, _ = patch_targets(images, masking.ids_removed, PATCH, normalize=True)
+    return reconstruction_loss(predicted, target)
+
+
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_loss_and_gradients_equal_the_full_computation(in_chans: int) -> None:
     encoder, decoder = build(in_chans)
@@ -95,7 +100,7 @@ def test_loss_and_gradients_equal_the_full_computation(in_chans: int) -> None:
     tokens = encoder(images, masking.ids_keep)
     predicted = decoder(tokens, masking)
     assert predicted.shape == (3, 12, in_chans * PATCH**2)
-    loss = reconstruction_loss(predicted, images, masking, PATCH)
+    loss = loss_of(predicted, images, masking)
     grads = torch.autograd.grad(loss, parameters)
 
     full = full_prediction(decoder, encoder(images, masking.ids_keep), masking)
@@ -113,19 +118,22 @@ def test_every_parameter_gets_a_gradient() -> None:
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     masking = random_masking(torch.rand(2, 16), 0.5)
     predicted = decoder(encoder(images, masking.ids_keep), masking)
-    torch.autograd.backward(reconstruction_loss(predicted, images, masking, PATCH))
+    torch.autograd.backward(loss_of(predicted, images, masking))
     for module in (encoder, decoder):
         assert all(p.grad is not None and p.grad.any() for p in module.parameters())
 
 
-def test_normalized_patches_by_hand() -> None:
+def test_targets_by_hand() -> None:
     images = torch.tensor([[[[0.0, 2.0, 9.0, 9.0], [4.0, 6.0, 9.0, 9.0]]]])
-    target, mean, std = normalized_patches(images, torch.tensor([[1, 0]]), 2)
+    target, mean, std = patch_targets(images, torch.tensor([[1, 0]]), 2, normalize=True)
     assert mean.flatten().tolist() == [9, 3]
     # the unbiased variance of 0, 2, 4 and 6 is 20 / 3
     torch.testing.assert_close(std.flatten(), torch.tensor([1e-3, (20 / 3) ** 0.5]))
     assert target[0, 0].tolist() == [0, 0, 0, 0]
     torch.testing.assert_close(target[0, 1], torch.tensor([-3.0, -1.0, 1.0, 3.0]) / (20 / 3) ** 0.5)
+    target, mean, std = patch_targets(images, torch.tensor([[1, 0]]), 2, normalize=False)
+    assert target[0].tolist() == [[9, 9, 9, 9], [0, 2, 4, 6]]
+    assert (mean.flatten().tolist(), std.flatten().tolist()) == ([0, 0], [1, 1])
 
 
 def test_targets_are_fp32_under_autocast() -> None:
@@ -135,10 +143,8 @@ def test_targets_are_fp32_under_autocast() -> None:
     masking = random_masking(torch.rand(2, 16), 0.75)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         predicted = decoder(encoder(images, masking.ids_keep), masking)
-        loss = reconstruction_loss(predicted, images, masking, PATCH)
+        loss = loss_of(predicted, images, masking)
     assert predicted.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    expected = reconstruction_loss(
-        decoder(encoder(images, masking.ids_keep), masking), images, masking, PATCH
-    )
+    expected = loss_of(decoder(encoder(images, masking.ids_keep), masking), images, masking)
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)

@@ -17,7 +17,7 @@ from maect_fast.models.maect import (
     build_contrastive,
     build_pretrain,
 )
-from maect_fast.training.distributed import World, init_world
+from maect_fast.training.distributed import World, close_world, init_world
 
 N, RANKS = 3, 2
 ALONE = World(rank=0, size=1, local_rank=0, group=None, device=torch.device("cpu"))
@@ -247,7 +247,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     world = init_world("cpu")
     result = {name: run_updates(config, world) for name, config in CONFIGS.items()}
     torch.save(result, Path(folder) / f"{rank}.pt")
-    world.close()
+    close_world()
 
 
 @pytest.fixture(scope="module")
