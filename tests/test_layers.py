@@ -181,6 +181,7 @@ neighbour = torch.nn.functional.normalize(torch.randn(2, 3, 16), dim=-1)
 info_nce(predicted, neighbour, temperature=0.2).backward()
 assert qkv.grad is not None and predicted.grad is not None
 import maect_fast.nn
+import benchmarks.__main__
 """
 
 
@@ -192,7 +193,7 @@ def run_python(source: str) -> None:
 
 
 @pytest.mark.parametrize("absent", [(), ("triton",)], ids=["with-triton", "without-triton"])
-def test_kernels_and_modules_work_with_torch_and_numpy_alone(absent: tuple[str, ...]) -> None:
+def test_kernels_and_benchmarks_work_with_torch_and_numpy_alone(absent: tuple[str, ...]) -> None:
     block = BLOCK.format(absent=sorted({*FRONT_END_PACKAGES, *absent}), root=str(ROOT))
     run_python(block + USE_EVERY_OP + "assert not ABSENT & set(sys.modules)\n")
 

@@ -332,4 +332,4 @@ def eval_pixels(image: Image.Image, img_size: int) -> NDArray[np.uint8]:
     """The middle S x S, [S, S, C], of the image at a short side of S * 256 / 224 (bicubic)."""
     resized = transforms.resize(image, [int(img_size * EVAL_RESIZE)], interpolation=BICUBIC)
     middle = transforms.center_crop(resized, [img_size, img_size])
-    return np.asarray(middle).reshape(img_size, img_size, -1)
+    return np.array(middle).reshape(img_size, img_size, -1)

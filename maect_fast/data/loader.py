@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 # The stream of epoch permutations among those of one run's seed.
 STREAM = 3 << 32
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_SECONDS = 1.0
 
 
 class DataError(RuntimeError):
@@ -423,6 +424,8 @@ def _start_fork_server() -> None:
     main process still waits for their batches. What is blocked here stays blocked in the server,
     and waits for this process.
     """
+    # It lifts the block again when it has to start, so it comes first.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         forkserver.ensure_running()
@@ -431,17 +434,27 @@ def _start_fork_server() -> None:
 
 
 def _init_worker(worker: int) -> None:
-    """Let nobody but the main process stop this worker."""
+    """Let the main process, and nobody else, stop this worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        threading.Thread(target=_exit_on_request, daemon=True).start()
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
 
 
-def _exit_on_request() -> None:
-    """Wait for a termination signal from the main process, which sends one as it exits."""
+def _end_with_main_process() -> None:
+    """Wait until the main process is gone, or asks for the end as it does when it exits.
+
+    The DataLoader watches the process that forked the worker, which is the fork server, and the
+    server lives as long as its workers.
+    """
     main = multiprocessing.parent_process()
     assert main is not None
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
-        pass
+    if sys.platform == "linux":
+        asked = False
+        while main.is_alive() and not asked:
+            received = signal.sigtimedwait({signal.SIGTERM}, POLL_SECONDS)
+            asked = received is not None and received.si_pid == main.pid
+    else:
+        # No word on who sent a signal here: a worker ends on anybody's request.
+        main.join()
     os._exit(0)

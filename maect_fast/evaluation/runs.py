@@ -66,6 +66,7 @@ def split_features(config: Config, split: Split, encoder: Encoder | None) -> Fea
         img_size=config.encoder.img_size,
         batch_size=EVAL_BATCH,
         workers=config.data.workers,
+        max_broken=config.data.max_broken,
     )
     if encoder is None:
         return raw_pixels(batches, mean=config.augment.mean, std=config.augment.std)

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from maect_fast.checkpoint import (
@@ -76,7 +75,8 @@ def run_stage(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     resumed = load_checkpoint(last_checkpoint(out)) if last_checkpoint(out).exists() else None
-    _prepare_folder(config, out, world, resuming=resumed is not None)
+    if resumed is not None:
+        _check_same_run(config, out, load_config(resumed["config"]))
     loader = _build_loader(config, world)
     total = config.epochs * loader.updates_per_epoch
     state = build_stage(config, world, total=total)
@@ -90,6 +90,8 @@ def run_stage(
     if world.rank == 0:
         for line in [*lines, *_warnings(config, loader)]:
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.yaml", lambda temporary: save_config(config, temporary))
     return _loop(state, loader, world, out)
 
 
@@ -100,7 +102,8 @@ def _loop(state: StageState, loader: Loader, world: World, out: Path) -> bool:
     if world.size > 1:
         # The queue is kept equal on all ranks by a deterministic enqueue, so nothing is broadcast.
         model = nn.parallel.DistributedDataParallel(state.model, broadcast_buffers=False)
-    meter = _Meter(config, world)
+    has_labels = bool((loader.source.labels >= 0).any())
+    meter = _Meter(config, world, left_out=() if has_labels else ("nn_accuracy",))
     saved = time.monotonic()
     log = RunLog(
         out, title=config.stage, start=state.update, total=state.total, active=world.rank == 0
@@ -149,8 +152,8 @@ def _update(state: StageState, model: nn.Module, batch: Batch, world: World) -> 
 class _Meter:
     """Sums the metrics on the device and reads their averages once per logged line."""
 
-    def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+    def __init__(self, config: Config, world: World, *, left_out: Collection[str]):
+        self.config, self.world, self.left_out = config, world, left_out
         self._reset()
 
     def _reset(self) -> None:
@@ -160,6 +163,8 @@ class _Meter:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
+            if name in self.left_out:
+                continue
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.count += 1
 
@@ -228,24 +233,15 @@ def _build_loader(config: Config, world: World) -> Loader:
     )
 
 
-def _prepare_folder(config: Config, out: Path, world: World, *, resuming: bool) -> None:
-    """Write config.yaml, or check that it is the same run."""
-    path = out / "config.yaml"
-    if resuming and path.exists():
-        before = _flat(load_config(_read_yaml(path)))
-        for key, value in _flat(config).items():
-            if before[key] != value and key not in MAY_CHANGE:
-                raise ConfigError(
-                    f"{key}: this run has {before[key]}, now {value} was asked for; "
-                    "continue with the run's own value or choose another --out"
-                )
-    if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: save_config(config, temporary))
-
-
-def _read_yaml(path: Path) -> Any:
-    return OmegaConf.load(path)
+def _check_same_run(config: Config, out: Path, before: Config) -> None:
+    """Refuse to continue a run with settings that would make it another one."""
+    settings = _flat(before)
+    for key, value in _flat(config).items():
+        if settings[key] != value and key not in MAY_CHANGE:
+            raise ConfigError(
+                f"{key}: the run in {out} has {settings[key]}, now {value} was asked for; "
+                "continue it without --recipe and this setting, or choose another --out"
+            )
 
 
 def _flat(config: Config) -> dict[str, Any]:

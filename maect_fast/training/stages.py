@@ -181,7 +181,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _load(module: nn.Module, state: dict[str, Tensor], name: str, run: Path) -> None:
     """Load strictly; a mismatch is the user's to mend, so it is told in one line."""
     own = module.state_dict()
-    for key in sorted(own.keys() | state.keys()):
+    for key in dict.fromkeys([*own, *state]):
         if key not in own or key not in state:
             side = "this configuration" if key not in own else str(run)
             raise CheckpointError(f"{run}: {name}.{key} is not in {side}; use the same {name}.*")

@@ -92,7 +92,7 @@ def test_an_epoch_shows_every_image_once_and_drops_the_tail(
 ) -> None:
     ids = torch.cat([b.sample_id for b in make_loader(source, batch_size=5).batches(2)])
     assert len(ids) == len(source) // 5 * 5
-    assert ids.unique().numel() == len(ids)
+    assert len(set(ids.tolist())) == len(ids)
     assert torch.equal(ids, permutation(len(source), seed=5, epoch=2)[: len(ids)])
 
 
@@ -140,6 +140,7 @@ def test_rank_slices_form_the_global_batch(source: FolderSource | TensorSource) 
         assert torch.equal(torch.cat([part.views for part in parts], dim=1), batch.views)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 @pytest.mark.parametrize("augment", [RANDOM, PHOTOMETRIC], ids=["random", "photometric"])
 def test_workers_change_nothing(folder: Path, augment: AugmentConfig) -> None:
     source = open_folder(folder)
@@ -217,7 +218,7 @@ def test_batch_size_must_fit(folder: Path) -> None:
 
 @pytest.fixture
 def damaged(folder: Path) -> Path:
-    """The folder with three broken files: cat/1.png cut off, dog/3.jpg no image, dog/4.jpg empty."""
+    """The folder with three broken files: one cut off, one without an image, one empty."""
     path = folder / "cat" / "1.png"
     path.write_bytes(path.read_bytes()[:-200])
     (folder / "dog" / "3.jpg").write_text("not an image")
@@ -265,11 +266,13 @@ def test_a_stand_in_has_the_views_of_its_own_id(damaged: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_broken_files_stop_the_run(damaged: Path, workers: int) -> None:
     loader = make_loader(open_folder(damaged), workers=workers, max_broken=2)
+    # All of them are met within one epoch.
     with pytest.raises(DataError, match=r"3 images cannot be read, at most 2") as error:
-        for epoch in range(2):
-            list(loader.batches(epoch))
+        list(loader.batches(0))
     for name in BROKEN:
         assert str(damaged / name) in str(error.value)
+    # The traceback would keep the workers until some later garbage collection.
+    del error
 
 
 def test_no_broken_file_is_allowed_where_none_may_be(damaged: Path) -> None:
@@ -328,20 +331,18 @@ def test_evaluation_of_images_in_memory_leaves_them_as_they_are() -> None:
 
 
 def test_evaluation_resizes_and_cuts_out_the_middle(tmp_path: Path) -> None:
-    # Left half red, right half blue, a green frame that the middle does not contain.
+    # 640 x 320 becomes 256 x 128, of which the middle 112 x 112 is 280 pixels wide: x 180 to 460.
     picture = Image.new("RGB", (640, 320), (0, 255, 0))
-    picture.paste((255, 0, 0), (180, 40, 320, 280))
-    picture.paste((0, 0, 255), (320, 40, 460, 280))
+    picture.paste((255, 0, 0), (180, 0, 320, 320))
+    picture.paste((0, 0, 255), (320, 0, 460, 320))
     picture.save(tmp_path / "x.png")
     config = AugmentConfig(mean=[0.0] * 3, std=[1.0] * 3)
     ((images, labels),) = eval_batches(open_folder(tmp_path), config, img_size=112, batch_size=1)
-    # 640 x 320 becomes 256 x 128; the middle 112 is 280 pixels of the original: 20 of them are frame.
     assert labels.tolist() == [-1]
     red, green, blue = images[0]
-    assert green[12:100, 4:108].max() < 0.05
-    assert red[12:100, :54].min() > 0.95 or red[12:100, 4:54].min() > 0.95
-    assert blue[12:100, 58:108].min() > 0.95
-    assert green[:6].min() > 0.95
+    assert red[:, 3:53].min() > 0.95
+    assert blue[:, 59:109].min() > 0.95
+    assert green[:, 3:109].max() < 0.05
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -168,5 +168,7 @@ def test_other_settings_are_refused(
     before = json.dumps(read_metrics(out))
     assert main(tune(recipes["tune"], head, out, "optim.encoder_lr=1")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("maect-fast tune: optim.encoder_lr: this run has 0.01, now 1.0 was")
+    assert error.startswith(
+        f"maect-fast tune: optim.encoder_lr: the run in {out} has 0.01, now 1.0"
+    )
     assert json.dumps(read_metrics(out)) == before
