@@ -110,7 +110,7 @@ class DataConfig:
     num_images: int = 1024
     """Size of the synthetic training set; its test set is a quarter of it."""
     workers: int = 4
-    """Decoding processes per rank; 0 decodes in the training process."""
+    """Decoding processes per rank, at most one per core; 0 decodes in the training process."""
     max_broken: int = 10
     """Unreadable image files that are skipped before the run stops."""
 

@@ -394,6 +394,8 @@ def _data_loader(
     dataset: Dataset[_Item], schedule: _Schedule, *, workers: int, persistent: bool
 ) -> DataLoader[_Item]:
     """A DataLoader whose items are whole batches, each made by one worker."""
+    # More processes than cores only take turns, and torch warns of them.
+    workers = min(workers, _num_cores())
     context = None
     if workers:
         # Forking this process would copy its locks, of CUDA and of OpenMP among others, in whatever
@@ -414,6 +416,13 @@ def _data_loader(
         # An own generator, or the DataLoader would advance the global one.
         generator=torch.Generator(),
     )
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _start_fork_server() -> None:
