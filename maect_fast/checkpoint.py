@@ -32,7 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     A reader, or a process that is killed at any moment, finds the old file or the new one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name per file: what a kill leaves behind, the next write replaces.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
