@@ -119,10 +119,15 @@ def test_mistakes_are_one_line(
     assert "no such checkpoint" in error_of(
         capsys, *tune, root, *SMALL, *HEAD, "frozen_blocks=1", "--init", str(images)
     )
+    small = (root, *SMALL, *HEAD, "frozen_blocks=1")
+    assert "no such run directory or file" in error_of(capsys, *tune, *small, "--init", "nowhere")
     weights = tmp_path / "weights.pth"
     weights.write_text("nothing")
     head = ("prepare-head", "--recipe", "b16", "--out", str(tmp_path / "head"))
     assert "weights.pth" in error_of(capsys, *head, root, *SMALL, *HEAD, "--init", str(weights))
+    assert "tune starts from a prepare-head run" in error_of(
+        capsys, *tune, *small, "--init", str(weights)
+    )
 
 
 def test_a_wrong_size_between_stages_is_named(

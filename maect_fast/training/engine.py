@@ -84,8 +84,15 @@ def run_stage(
     if resumed is None:
         lines = start_weights(state, init=init, decoder=decoder)
     else:
+        if resumed["total"] != total:
+            raise ConfigError(
+                f"data.root: the run in {out} has {resumed['total']} updates, these images give "
+                f"{total}; continue it with the images it was started with"
+            )
         state.load_state_dict(resumed)
-        set_random_states(resumed["random_states"][world.rank])
+        # With another number of ranks the generators start anew: nothing of ours draws from them.
+        if len(resumed["random_states"]) == world.size:
+            set_random_states(resumed["random_states"][world.rank])
         lines = [f"continuing {out} at update {state.update} of {total}"]
     if world.rank == 0:
         for line in [*lines, *_warnings(config, loader)]:

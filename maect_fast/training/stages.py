@@ -90,7 +90,8 @@ class StageState:
 def build_stage(config: Config, world: World, *, total: int) -> StageState:
     """Model, optimiser and EMA of `config.stage`, with initial weights drawn from `config.seed`.
 
-    The encoder EMA starts as a copy of the encoder: call `start_weights` before, or load a state.
+    Raises:
+        ConfigError: sizes that do not fit together, or a model that is no plain ViT.
     """
     model: StageModel
     try:
@@ -120,9 +121,14 @@ def start_weights(
         init: a run directory of the previous stage; for `pretrain` and `prepare-head` also a file
             with an encoder's weights (facebook MAE, MAE-CT, timm). None keeps the random weights.
         decoder: for `tune` with a reconstruction loss: the pretrain run whose decoder to use.
+
+    Raises:
+        CheckpointError: a path that is missing, of another stage, unfinished, or of other sizes.
     """
     config, model = state.config, state.model
     lines = []
+    if init is not None and not init.exists():
+        raise CheckpointError(f"{init}: no such run directory or file")
     if init is not None and init.is_dir():
         previous = _previous(init, config)
         lines.append(f"encoder from {init} ({previous['stage']})")
@@ -137,6 +143,11 @@ def start_weights(
             model.head.start_target()
             lines.append(f"head and queue from {init}")
     elif init is not None:
+        if config.stage == "tune":
+            raise CheckpointError(
+                f"{init}: tune starts from a prepare-head run, whose head and queue it needs; "
+                "give an encoder's file to prepare-head"
+            )
         try:
             lines += load_encoder(model.encoder, init)
         except ValueError as error:

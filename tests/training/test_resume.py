@@ -13,6 +13,7 @@ import torch
 from maect_fast.checkpoint import load_checkpoint, save_checkpoint
 from maect_fast.cli import main
 from maect_fast.config import Stage
+from maect_fast.data import TensorSource
 from maect_fast.training.log import read_metrics
 from maect_fast.training.stages import last_checkpoint
 
@@ -158,6 +159,26 @@ def test_continuing_needs_neither_recipe_nor_init(
     assert main(tune(recipes["tune"], head, out)) == 0
     assert main(["tune", "--out", str(out)]) == 0
     assert f"continuing {out} at update {TOTAL} of {TOTAL}" in capsys.readouterr().err
+
+
+def test_other_images_are_refused(
+    recipes: dict[Stage, Path],
+    head: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    assert main(tune(recipes["tune"], head, out)) == 0
+    fewer = TensorSource(
+        labels=torch.zeros(40).long(),
+        class_names=[],
+        images=torch.zeros(40, 1, 8, 8, dtype=torch.uint8),
+    )
+    monkeypatch.setattr("maect_fast.training.engine.build_source", lambda *_, **__: fewer)
+    assert main(["tune", "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"the run in {out} has 16 updates, these images give 8" in error
 
 
 def test_other_settings_are_refused(
