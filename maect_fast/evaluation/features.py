@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from maect_fast.checkpoint import write_atomically
@@ -168,7 +168,7 @@ def save_features(features: Features, path: Path) -> None:
     """Write a safetensors file with the tensors `x` and `label`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"x": features.x.contiguous(), "label": features.label.contiguous()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors)))
 
 
 def load_features(path: Path) -> Features:

@@ -153,12 +153,13 @@ def plot_confusion(features: Features, *, class_names: Sequence[str] = (), seed:
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = len(counts)
     side = min(8.0, 1.8 + 0.42 * size)
-    figure = _figure(side + 0.8, side)
+    # The title needs some width, whatever the number of classes.
+    figure = _figure(max(side + 0.8, 5.5), side)
     ax = figure.subplots()
     picture = ax.imshow(share, cmap="cividis", vmin=0, vmax=1)
     figure.colorbar(picture, ax=ax, label="share of the class", shrink=0.8)
     accuracy = counts.trace() / counts.sum()
-    ax.set_title(f"k-means: {accuracy:.1%} of {counts.sum():,} images on the diagonal")
+    figure.suptitle(f"k-means: {accuracy:.1%} of {counts.sum():,} images on the diagonal")
     ax.set_xlabel("cluster")
     ax.set_ylabel("class")
     if size <= MAX_CLASSES:

@@ -99,7 +99,11 @@ def run_stage(
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.yaml", lambda temporary: save_config(config, temporary))
-    return _loop(state, loader, world, out)
+    finished = _loop(state, loader, world, out)
+    if loader.broken:
+        count = len(loader.broken)
+        print(f"rank {world.rank}: {count} unreadable images were replaced", file=sys.stderr)  # noqa: T201
+    return finished
 
 
 def _loop(state: StageState, loader: Loader, world: World, out: Path) -> bool:

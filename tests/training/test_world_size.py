@@ -32,7 +32,8 @@ def test_all_stages(recipes: dict[Stage, Path], tmp_path: Path, transposed: str)
         settings = [f"head.transposed={transposed}", "optim.eps=1e-3"]
         command = [stage, "--recipe", str(recipes[stage]), *init, *settings]
         assert main([*command, "--out", str(one)]) == 0
-        if stage != "prepare-head":
+        # The other stages do not look at `transposed`, or once is enough.
+        if transposed == "false" or stage == "tune":
             two_processes([*command, "--out", str(two)])
             assert_close_runs(one, two)
         init = ["--init", str(one)]
