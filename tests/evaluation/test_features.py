@@ -10,7 +10,6 @@ from maect_fast.config import EncoderConfig
 from maect_fast.evaluation import (
     Features,
     extract_features,
-    features,
     load_features,
     raw_pixels,
     save_features,
@@ -143,11 +142,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     old = Features(x=torch.randn(3, 4), label=torch.arange(3))
     save_features(old, path)
 
-    def fail(tensors: dict[str, Tensor], file: Path) -> None:
-        file.write_bytes(b"half of it")
+    def fail(file: Path, content: bytes) -> None:
+        with file.open("wb") as stream:
+            stream.write(content[: len(content) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(features, "save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         save_features(Features(x=torch.zeros(1, 4), label=NO_LABEL), path)
     assert torch.equal(load_features(path).x, old.x)

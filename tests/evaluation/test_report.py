@@ -210,7 +210,7 @@ def test_confusion_lines_clusters_up_with_classes() -> None:
     np.testing.assert_allclose(shares, np.array([[1, 0, 0], [0, 0.8, 0.2], [0, 0, 1]]))
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["cat", "dog", "2"]
     assert [text.get_text() for text in ax.texts] == ["4", "4", "1", "3"]
-    assert ax.get_title() == "k-means: 91.7% of 12 images on the diagonal"
+    assert figure.get_suptitle() == "k-means: 91.7% of 12 images on the diagonal"
     drawn(figure)
     with pytest.raises(ValueError, match="at least one labelled image"):
         plot_confusion(Features(x=some.x, label=torch.full_like(label, -1)))
