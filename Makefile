@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(CPP)
 	@$(BIN)/python -c "from maect_fast.kernels._common import cpp; print('C++ library:', cpp.status())"
 	@touch $@
 
-demo: install ## tune a model on real digits, about four CPU minutes, and show what it gained
+demo: install ## tune a model on real digits, three minutes on two cores, and show what it gained
 	$(BIN)/maect-fast demo
 
 test: install ## the tests, without those marked slow

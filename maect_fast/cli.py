@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"maect-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="all three stages on real digits, about four minutes")
+    demo = commands.add_parser("demo", help="all three stages on real digits, about three minutes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
     demo.add_argument(
