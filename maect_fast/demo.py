@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from maect_fast.config import Config, Stage, load_config, load_recipe
 from maect_fast.evaluation.compare import Measured, Subject, draw, measure
 from maect_fast.evaluation.report import format_table, write_report
-from maect_fast.evaluation.runs import load_run, run_encoder
+from maect_fast.evaluation.runs import load_run, run_encoder, run_pretrain_model
 from maect_fast.models.encoder import Encoder
 from maect_fast.training.engine import run_stage
+from maect_fast.training.log import read_metrics
 
 __all__ = ["run_demo"]
 
@@ -47,7 +48,6 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
         folder = out / f"seed-{seed}"
         if not _train(folder, seed, control=control):
             return False
-        runs = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
         subjects = _subjects(folder, seed, control=control)
         measured = {name: _measure(name, subject, seed) for name, subject in subjects.items()}
         tables[f"Seed {seed}"] = {
@@ -55,7 +55,9 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
         }
         if not figures:
             trained = {name: subjects[name] for name in ("MAE", "MAE-CT")}
-            figures = draw(_stages(runs), trained, measured, seed=seed)
+            metrics = {name: read_metrics(folder / name) for name in ("mae", "head", "mae-ct")}
+            pretrained = run_pretrain_model(*load_run(folder / "mae"))
+            figures = draw(metrics, trained, measured, pretrained=pretrained, seed=seed)
     if len(seeds) > 1:
         tables = {f"Mean of {len(seeds)} seeds": _mean(tables), **tables}
     minutes = (time.monotonic() - began) / 60
@@ -114,11 +116,6 @@ def _subjects(folder: Path, seed: int, *, control: bool) -> dict[str, Subject]:
 def _measure(name: str, subject: Subject, seed: int) -> Measured:
     print(f"evaluating {name}", file=sys.stderr)  # noqa: T201 (progress)
     return measure(subject, seed=seed)
-
-
-def _stages(runs: Mapping[str, Path]) -> dict[str, Path]:
-    """The three stages in their order, for the training curves."""
-    return {name: runs[name] for name in ("mae", "head", "mae-ct")}
 
 
 def _mean(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

@@ -77,6 +77,42 @@ def test_unlabelled_folder_through_all_stages(
     assert load_features(features).x.shape == (24, 24)
 
 
+def test_runs_of_one_name_are_all_evaluated(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also runs of different sizes, which cannot share every picture."""
+    first, second = tmp_path / "a" / "mae", tmp_path / "b" / "mae"
+    root = f"data.root={images}"
+    command = ["pretrain", "--recipe", "b16", root, *SMALL, "epochs=1"]
+    assert main([*command, "--out", str(first)]) == 0
+    assert main([*command, "--out", str(second), "encoder.img_size=16"]) == 0
+    out = tmp_path / "report"
+    test = f"data.test_root={images}"
+    assert main(["evaluate", str(first), str(second), "--out", str(out), test]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["tables"]["Metrics"]) == [f"{first} (pretrain)", f"{second} (pretrain)"]
+    assert "Reconstructions" not in report["figures"]
+    capsys.readouterr()
+    told = error_of(capsys, "evaluate", str(first), str(first), test)
+    assert "expected different run directories" in told
+
+
+def test_evaluating_too_few_labelled_images_is_one_line(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tmp_path / "few"
+    for i in range(4):
+        folder = few / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.jpg").write_bytes((images / f"{i}.jpg").read_bytes())
+    out = str(tmp_path / "mae")
+    command = ["pretrain", "--recipe", "b16", "--out", out, f"data.root={images}", *SMALL]
+    assert main([*command, "epochs=1"]) == 0
+    capsys.readouterr()
+    both = (f"data.root={few}", f"data.test_root={few}")
+    assert "k: expected 1 to 4" in error_of(capsys, "evaluate", out, *both)
+
+
 def test_added_reconstruction_loss(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

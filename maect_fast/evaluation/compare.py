@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from maect_fast.config import Config
+from maect_fast.config import Config, ConfigError
 from maect_fast.data import build_source, eval_batches
 from maect_fast.evaluation import METHODS, Features, Method, evaluate_features
 from maect_fast.evaluation.features import cls_attention, concatenate
@@ -25,11 +24,14 @@ from maect_fast.evaluation.figures import (
 from maect_fast.evaluation.report import format_table, write_report
 from maect_fast.evaluation.runs import load_run, run_encoder, run_pretrain_model, split_features
 from maect_fast.models.encoder import Encoder
+from maect_fast.models.maect import PretrainModel
 from maect_fast.training.log import read_metrics
 
 __all__ = ["Measured", "Subject", "compare_runs", "draw", "measure"]
 
 PICTURES = 8
+# Images below which an embedding says nothing; plot_tsne refuses them.
+MIN_TSNE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +73,48 @@ def compare_runs(
     In the pictures the first run is "before" and the last one "after".
     """
     subjects, measured = {}, {}
-    for run in runs:
+    pretrained = None
+    for run, title in zip(runs, _titles(runs), strict=True):
         config, state = load_run(run, overrides)
-        name = f"{run.name} ({config.stage})"
+        name = f"{title} ({config.stage})"
         subjects[name] = Subject(config, run_encoder(config, state))
-        measured[name] = measure(subjects[name], methods=methods, seed=seed)
+        try:
+            measured[name] = measure(subjects[name], methods=methods, seed=seed)
+        except ValueError as error:
+            raise ConfigError(f"{run}: {error}") from error
+        if config.stage == "pretrain" and pretrained is None:
+            pretrained = run_pretrain_model(config, state)
     rows = {name: result.metrics for name, result in measured.items()}
-    figures = draw({run.name: run for run in runs}, subjects, measured, seed=seed)
+    curves = {title: read_metrics(run) for run, title in zip(runs, _titles(runs), strict=True)}
+    figures = draw(curves, subjects, measured, pretrained=pretrained, seed=seed)
     path = write_report(out, title="Evaluation", tables={"Metrics": rows}, figures=figures)
     return f"{format_table(rows)}\n\nreport: {path}"
 
 
+def _titles(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, or the whole paths where two folders have the same name."""
+    if len(set(runs)) < len(runs):
+        raise ConfigError("RUN: expected different run directories, got one of them twice")
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
 def draw(
-    runs: Mapping[str, Path],
+    metrics: Mapping[str, Sequence[Mapping[str, float]]],
     subjects: Mapping[str, Subject],
     measured: Mapping[str, Measured],
     *,
+    pretrained: PretrainModel | None,
     seed: int,
 ) -> dict[str, Figure]:
     """The report's pictures; those that need classes only where there are labels.
 
     Args:
-        runs: run directories by title: their training curves, and the reconstructions of the first
-            pretrain run among them.
+        metrics: lines of metrics.jsonl by the run's title, for the training curves.
         subjects: encoders by title; the first is "before", the last "after".
         measured: what `measure` returned for them.
-        seed: of t-SNE, k-means and masks.
+        pretrained: paints the reconstructions, if it takes the images of the last subject.
+        seed: of t-SNE and k-means.
     """
     before, after = next(iter(subjects)), list(subjects)[-1]
     last = subjects[after]
@@ -104,19 +122,19 @@ def draw(
     images = _test_images(last.config)
     classes = build_source(last.config.data, last.config.encoder, split="test").class_names
     figures = {}
-    curves = {name: lines for name, run in runs.items() if (lines := read_metrics(run))}
-    if curves:
-        figures["Training"] = plot_curves(curves)
+    if any(metrics.values()):
+        figures["Training"] = plot_curves(metrics)
     panels = {name: measured[name].test for name in dict.fromkeys((before, after))}
-    figures["t-SNE of the test images"] = plot_tsne(panels, class_names=classes, seed=seed)
+    same_images = len({len(features) for features in panels.values()}) == 1
+    if same_images and len(test) >= MIN_TSNE:
+        figures["t-SNE of the test images"] = plot_tsne(panels, class_names=classes, seed=seed)
     everything = concatenate(measured[after].train, test)
     if len(torch.unique(everything.labelled().label)) >= 2:
         figures["Clusters and classes"] = plot_confusion(everything, class_names=classes, seed=seed)
-    for run in runs.values():
-        config, state = load_run(run)
-        if config.stage == "pretrain":
-            figures["Reconstructions"] = _reconstructions(config, state, images)
-            break
+    if pretrained is not None and pretrained.encoder.config == last.config.encoder:
+        drawn = pretrained.reconstruct(images.to(next(pretrained.parameters()).device))
+        pictures = (_pixels(x, last.config) for x in (images, drawn.masked, drawn.filled))
+        figures["Reconstructions"] = plot_reconstructions(*pictures)
     if last.encoder is not None:
         device = next(last.encoder.parameters()).device
         attention = cls_attention(last.encoder, images.to(device))
@@ -124,14 +142,6 @@ def draw(
             _pixels(images, last.config), attention
         )
     return figures
-
-
-def _reconstructions(config: Config, state: dict[str, Any], images: Tensor) -> Figure:
-    model = run_pretrain_model(config, state)
-    drawn = model.reconstruct(images.to(next(model.parameters()).device))
-    return plot_reconstructions(
-        _pixels(images, config), _pixels(drawn.masked, config), _pixels(drawn.filled, config)
-    )
 
 
 def _test_images(config: Config) -> Tensor:

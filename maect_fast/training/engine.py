@@ -33,7 +33,7 @@ from maect_fast.training.stages import StageState, build_stage, last_checkpoint,
 
 __all__ = ["TrainingError", "run_stage"]
 
-# Settings that may differ when a run continues: they change no result.
+# Settings that may differ when a run continues: they change no result but for rounding.
 MAY_CHANGE = {
     "data.root",
     "data.test_root",
