@@ -5,6 +5,7 @@ command line. Every key is checked against these classes, so a misspelt key or a
 error that names the key, never ignored.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,16 @@ __all__ = [
     "ViewConfig",
     "load_config",
     "load_recipe",
+    "profile_window",
     "save_config",
 ]
 
 Stage = Literal["pretrain", "prepare-head", "tune"]
 
 RECIPES = Path(__file__).parent / "recipes"
+
+# What YAML 1.1 would read as a number in base 60.
+BASE_60 = re.compile(r"=(\d+:\d+)$")
 
 
 class ConfigError(ValueError):
@@ -217,6 +222,11 @@ class Config:
     """Epochs between two checkpoints that are kept; the last epoch is always saved."""
     save_minutes: float = 10.0
     """Minutes between two saves of the checkpoint from which the run would resume."""
+    profile: str | None = None
+    """START:STOP, the updates of which rank 0 takes a profile, STOP excluded (in YAML quoted)."""
+    profiler: Literal["torch", "nsight"] = "torch"
+    """`torch` writes a trace and a table to profile/ in the run; `nsight` is for a run that Nsight
+    Systems or Nsight Compute records."""
 
 
 def load_recipe(recipe: str, stage: Stage) -> DictConfig:
@@ -248,8 +258,9 @@ def load_config(*layers: DictConfig | dict[str, Any], overrides: Sequence[str] =
                 f"override {item!r}: expected key=value, such as optim.encoder_lr=1e-4"
             )
     merged = OmegaConf.structured(Config)
+    texts = [BASE_60.sub(r"='\1'", item) for item in overrides]
     try:
-        merged = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(texts))
         config = cast("Config", OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "configuration"
@@ -257,6 +268,24 @@ def load_config(*layers: DictConfig | dict[str, Any], overrides: Sequence[str] =
         raise ConfigError(f"{key}: {reason}{_known_keys(error)}") from None
     _check(config)
     return config
+
+
+def profile_window(profile: str | None) -> range:
+    """The updates that `Config.profile` names; an empty range for None.
+
+    Raises:
+        ConfigError: it is not START:STOP with START below STOP.
+    """
+    if profile is None:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", profile)
+    updates = range(int(match[1]), int(match[2])) if match else range(0)
+    if not updates:
+        raise ConfigError(
+            "profile: expected START:STOP, two update numbers with START below STOP "
+            f"(profile=10:20; in a YAML file quoted), got {profile}"
+        )
+    return updates
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -346,3 +375,4 @@ def _check(config: Config) -> None:
     for holds, key, expected, got in rules:
         if not holds:
             raise ConfigError(f"{key}: expected {expected}, got {got}")
+    profile_window(config.profile)

@@ -16,6 +16,7 @@ from maect_fast.kernels import (
     queue_topk,
 )
 from maect_fast.kernels._common.collectives import all_gather_rows, group_rank
+from maect_fast.profiling import profile_range
 
 __all__ = ["FeatureQueue", "FusedAttention", "NNCLRLoss", "NNCLROutput", "fuse"]
 
@@ -160,33 +161,36 @@ class NNCLRLoss(nn.Module):
             label: int64 [n], only for `nn_accuracy`; negative = none.
         """
         first_row = group_rank(self.group) * projected.shape[1]
-        found = self.queue.search(
-            projected,
-            k=self.topk,
-            sample_id=sample_id,
-            label=label,
-            pick=Pick(self.seed, step, view=0, row=first_row),
-        )
+        with profile_range("search"):
+            found = self.queue.search(
+                projected,
+                k=self.topk,
+                sample_id=sample_id,
+                label=label,
+                pick=Pick(self.seed, step, view=0, row=first_row),
+            )
         assert found.picked_index is not None
         assert found.picked_neighbour is not None
-        loss = info_nce(
-            predicted,
-            found.picked_neighbour,
-            temperature=self.temperature,
-            group=self.group,
-            transposed=self.transposed,
-        )
+        with profile_range("loss"):
+            loss = info_nce(
+                predicted,
+                found.picked_neighbour,
+                temperature=self.temperature,
+                group=self.group,
+                transposed=self.transposed,
+            )
         accuracy = torch.zeros_like(loss)
         if label is not None and found.label_hit is not None:
             known = (label >= 0) & (self.queue.queue_y[found.picked_index[0]] >= 0)
             accuracy = found.label_hit[0].sum() / known.sum().clamp_min(1)
         if self.training:
             # Only now: the search must not find this batch.
-            self.queue.enqueue(
-                all_gather_rows(projected[0], self.group),
-                sample_id=None if sample_id is None else all_gather_rows(sample_id, self.group),
-                label=None if label is None else all_gather_rows(label, self.group),
-            )
+            with profile_range("enqueue"):
+                self.queue.enqueue(
+                    all_gather_rows(projected[0], self.group),
+                    sample_id=None if sample_id is None else all_gather_rows(sample_id, self.group),
+                    label=None if label is None else all_gather_rows(label, self.group),
+                )
         return NNCLROutput(loss, accuracy)
 
 

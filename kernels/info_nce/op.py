@@ -1,9 +1,11 @@
 """Registration of the row statistics with torch.library; the ranks talk to each other outside."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from maect_fast.kernels.info_nce import reference
 
@@ -92,3 +94,17 @@ def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
 
 row_stats.register_autograd(_backward, setup_context=_setup_context)
 row_stats_backward.register_autograd(_no_second_derivative)
+
+
+@register_flop_formula(torch.ops.maect_fast.info_nce_fwd)
+def _row_stats_flop(predicted: Any, neighbour: Any, *_: Any, out_shape: Any) -> int:
+    """From shapes: the logits."""
+    return int(2 * math.prod(predicted) * neighbour[1])
+
+
+@register_flop_formula(torch.ops.maect_fast.info_nce_bwd)
+def _row_stats_backward_flop(
+    grad_sum: Any, grad_positive: Any, predicted: Any, neighbour: Any, *_: Any, out_shape: Any
+) -> int:
+    """The logits again, and their gradient's product with the neighbours."""
+    return int(4 * math.prod(predicted) * neighbour[1])

@@ -1,7 +1,11 @@
 """Registration of the search and of the enqueue with torch.library."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from maect_fast.kernels.queue_topk import reference
 
@@ -59,6 +63,12 @@ def _allocate(
         queue.new_empty((*rows, dim) if picks else (0,)),
         query.new_empty(rows if picks and query_label is not None else (0,), dtype=torch.bool),
     )
+
+
+@register_flop_formula(torch.ops.maect_fast.queue_topk)
+def _queue_topk_flop(query: Any, queue: Any, *_: Any, out_shape: Any) -> int:
+    """From shapes: every row of the queries meets every row of the queue once."""
+    return int(2 * math.prod(query) * queue[0])
 
 
 @torch.library.custom_op(

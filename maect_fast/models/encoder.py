@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from maect_fast.config import EncoderConfig
 from maect_fast.kernels._common.philox import philox_uniform
+from maect_fast.profiling import profile_range
 
 __all__ = [
     "Encoder",
@@ -118,12 +119,17 @@ class Encoder(nn.Module):
             to the first layer that is not frozen.
         """
         num_frozen_blocks = min(self.num_frozen, self.depth)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen == 0):
-            tokens = self.embed(images, ids_keep)
-        with torch.no_grad():
-            for i in range(num_frozen_blocks):
-                tokens = self.blocks[i](tokens)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen <= self.depth):
+        with profile_range("frozen blocks" if self.num_frozen else "tuned blocks"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen == 0):
+                tokens = self.embed(images, ids_keep)
+            with torch.no_grad():
+                for i in range(num_frozen_blocks):
+                    tokens = self.blocks[i](tokens)
+        trains = self.num_frozen <= self.depth
+        with (
+            profile_range("tuned blocks" if trains else "frozen blocks"),
+            torch.set_grad_enabled(torch.is_grad_enabled() and trains),
+        ):
             for i in range(num_frozen_blocks, self.depth):
                 tokens = self.blocks[i](tokens)
             return self.norm(tokens)  # type: ignore[no-any-return]

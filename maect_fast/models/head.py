@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from maect_fast.config import HeadConfig
 from maect_fast.nn import NNCLRLoss, NNCLROutput
+from maect_fast.profiling import profile_range
 from maect_fast.training.distributed import SyncBatchNorm1d
 
 __all__ = ["NNCLRHead"]
@@ -76,15 +77,19 @@ class NNCLRHead(nn.Module):
         Returns:
             loss and nn_accuracy, 0-d.
         """
-        # One pass per view: batch statistics belong to one view, running statistics advance in view
-        # order.
-        projected = [self.projector(view) for view in pooled]
-        predicted = torch.stack([self.predictor(view) for view in projected])
-        with torch.no_grad():
-            if self.target_projector is not None:
-                projected = [self.target_projector(view) for view in pooled]
+        with profile_range("head"):
+            # One pass per view: batch statistics belong to one view, running statistics advance in
+            # view order.
+            projections = [self.projector(view) for view in pooled]
+            predicted = torch.stack([self.predictor(view) for view in projections])
+            with torch.no_grad():
+                if self.target_projector is not None:
+                    # Detached, because even here views of a tensor that requires gradients do, and
+                    # torch's FlopCounterMode then looks for their missing graph.
+                    projections = [self.target_projector(view) for view in pooled.detach()]
+            projected = torch.stack(projections).detach()
         return self.loss(  # type: ignore[no-any-return]
-            torch.stack(projected).detach(), predicted, step=step, sample_id=sample_id, label=label
+            projected, predicted, step=step, sample_id=sample_id, label=label
         )
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from maect_fast.models.encoder import (
     random_masking,
 )
 from maect_fast.models.head import NNCLRHead
+from maect_fast.profiling import profile_range
 from maect_fast.training.distributed import World
 
 __all__ = [
@@ -246,14 +247,17 @@ def _masked_loss(
     )
     masking = random_masking(noise, model.mask_ratio)
     images = views.flatten(0, 1)
-    predicted = decoder(model.encoder(images, masking.ids_keep), masking)
-    target, _, _ = patch_targets(
-        images,
-        masking.ids_removed,
-        model.encoder.patch_size,
-        normalize=decoder.normalize_pixels,
-    )
-    return reconstruction_loss(predicted, target)
+    tokens = model.encoder(images, masking.ids_keep)
+    with profile_range("decoder"):
+        predicted = decoder(tokens, masking)
+    with profile_range("loss"):
+        target, _, _ = patch_targets(
+            images,
+            masking.ids_removed,
+            model.encoder.patch_size,
+            normalize=decoder.normalize_pixels,
+        )
+        return reconstruction_loss(predicted, target)
 
 
 def _check_mask_ratio(mask_ratio: float, encoder: Encoder) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from maect_fast.checkpoint import (
     load_checkpoint,
@@ -25,13 +27,14 @@ from maect_fast.checkpoint import (
     set_random_states,
     write_atomically,
 )
-from maect_fast.config import Config, ConfigError, load_config, save_config
+from maect_fast.config import Config, ConfigError, load_config, profile_window, save_config
 from maect_fast.data import Batch, Loader, build_source
+from maect_fast.profiling import Profile, profile_range
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.log import RunLog
 from maect_fast.training.stages import StageState, build_stage, last_checkpoint, start_weights
 
-__all__ = ["TrainingError", "run_stage"]
+__all__ = ["TrainingError", "matrix_dtype", "run_stage"]
 
 # Settings that may differ when a run continues: they change no result but for rounding.
 MAY_CHANGE = {
@@ -44,6 +47,8 @@ MAY_CHANGE = {
     "log_every",
     "threads",
     "device",
+    "profile",
+    "profiler",
 }
 
 
@@ -72,6 +77,7 @@ def run_stage(
         TrainingError: the loss is not finite.
     """
     world = init_world(config.device)
+    profile = _profile(config, world, out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     resumed = load_checkpoint(last_checkpoint(out)) if last_checkpoint(out).exists() else None
@@ -99,14 +105,14 @@ def run_stage(
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.yaml", lambda temporary: save_config(config, temporary))
-    finished = _loop(state, loader, world, out)
+    finished = _loop(state, loader, world, out, profile)
     if loader.broken:
         count = len(loader.broken)
         print(f"rank {world.rank}: {count} unreadable images were replaced", file=sys.stderr)  # noqa: T201
     return finished
 
 
-def _loop(state: StageState, loader: Loader, world: World, out: Path) -> bool:
+def _loop(state: StageState, loader: Loader, world: World, out: Path, profile: Profile) -> bool:
     """Train until the last update or a signal."""
     config = state.config
     model: nn.Module = state.model
@@ -119,10 +125,10 @@ def _loop(state: StageState, loader: Loader, world: World, out: Path) -> bool:
     log = RunLog(
         out, title=config.stage, start=state.update, total=state.total, active=world.rank == 0
     )
-    with log, _stop_signal() as stopped:
+    with log, profile, _stop_signal() as stopped:
         while state.update < state.total:
             epoch, position = divmod(state.update, loader.updates_per_epoch)
-            for batch in loader.batches(epoch, position):
+            for batch in profile.batches(loader.batches(epoch, position), state.update):
                 meter.add(_update(state, model, batch, world))
                 log.advance()
                 is_last = state.update == state.total
@@ -146,18 +152,26 @@ def _loop(state: StageState, loader: Loader, world: World, out: Path) -> bool:
 
 def _update(state: StageState, model: nn.Module, batch: Batch, world: World) -> dict[str, Tensor]:
     """Forward, backward, optimiser, EMAs. No host sync."""
-    config, device = state.config, world.device
-    use_bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    device = world.device
+    with profile_range("data"):
+        views = batch.views.to(device, non_blocking=True)
+        sample_id = batch.sample_id.to(device, non_blocking=True)
+        label = batch.label.to(device, non_blocking=True)
+    use_bf16 = matrix_dtype(state.config, device) == torch.bfloat16
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
         outputs: dict[str, Tensor] = model(
-            batch.views.to(device, non_blocking=True),
-            sample_id=batch.sample_id.to(device, non_blocking=True),
-            label=batch.label.to(device, non_blocking=True),
-            step=state.update,
+            views, sample_id=sample_id, label=label, step=state.update
         )
-    outputs["loss"].backward()  # type: ignore[no-untyped-call]
+    with profile_range("backward"):
+        outputs["loss"].backward()  # type: ignore[no-untyped-call]
     state.apply_gradients()
     return {name: value.detach() for name, value in outputs.items()}
+
+
+def matrix_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What the operands of matrix products are: the autocast dtype, or fp32 without autocast."""
+    use_bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if use_bf16 else torch.float32
 
 
 class _Meter:
@@ -241,6 +255,20 @@ def _build_loader(config: Config, world: World) -> Loader:
         world_size=world.size,
         workers=config.data.workers,
         max_broken=config.data.max_broken,
+    )
+
+
+def _profile(config: Config, world: World, out: Path) -> Profile:
+    """The profile that `config.profile` asks rank 0 for."""
+    updates = profile_window(config.profile)
+    if updates and config.profiler == "nsight" and world.device.type != "cuda":
+        raise ConfigError("profiler: expected torch on a CPU, got nsight, which needs a GPU")
+    return Profile(
+        updates if world.rank == 0 else range(0),
+        config.profiler,
+        folder=out / "profile",
+        device=world.device,
+        tell=partial(tqdm.write, file=sys.stderr),
     )
 
 

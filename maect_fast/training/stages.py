@@ -23,6 +23,7 @@ from maect_fast.models.maect import (
     build_contrastive,
     build_pretrain,
 )
+from maect_fast.profiling import profile_range
 from maect_fast.training.distributed import World
 from maect_fast.training.ema import EncoderEma
 from maect_fast.training.optim import build_optimizer, param_groups, set_lr
@@ -58,13 +59,15 @@ class StageState:
 
     def apply_gradients(self) -> None:
         """One optimiser update at the scheduled rate, then both EMAs."""
-        set_lr(self.optimizer, self.lr_factor())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if isinstance(self.model, ContrastiveModel):
-            self.model.head.update_target()
-        if self.encoder_ema is not None:
-            self.encoder_ema.update(self.model.encoder)
+        with profile_range("optimiser"):
+            set_lr(self.optimizer, self.lr_factor())
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with profile_range("EMA"):
+            if isinstance(self.model, ContrastiveModel):
+                self.model.head.update_target()
+            if self.encoder_ema is not None:
+                self.encoder_ema.update(self.model.encoder)
         self.update += 1
 
     def state_dict(self) -> dict[str, Any]:
