@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint type fmt bench ci clean
+.PHONY: help install demo test test-slow test-gpu lint type fmt bench gpu ci clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -51,8 +51,11 @@ fmt: install ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: install ## time every op of this machine beside its peers
-	PYTHONSAFEPATH= $(BIN)/python -m benchmarks
+bench: install ## time every op beside its peers, into benchmarks/results; OP=name for one
+	$(BIN)/maect-fast bench --out benchmarks/results $(if $(OP),--op $(OP))
+
+gpu: install ## on a GPU: check, tests, benchmarks, profile, in ten minutes; OUT=folder
+	PYTHON=$(CURDIR)/$(BIN)/python bash benchmarks/gpu.sh
 
 ci: lint type test ## everything that a change must pass
 

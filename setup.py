@@ -11,7 +11,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CPP = "maect_fast.kernels._C"
-KERNELS = ["maect_fast.kernels", *(f"maect_fast.kernels.{p}" for p in find_packages("kernels"))]
+# Folders of the top level that are installed inside the package.
+INSIDE = ("kernels", "benchmarks")
+PACKAGES = [
+    *find_packages(include=["maect_fast", "maect_fast.*"]),
+    *(f"maect_fast.{folder}" for folder in INSIDE),
+    *(f"maect_fast.{folder}.{package}" for folder in INSIDE for package in find_packages(folder)),
+]
 
 
 class CMakeBuild(build_ext):
@@ -64,8 +70,8 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=sorted({*find_packages(include=["maect_fast", "maect_fast.*"]), *KERNELS}),
-    package_dir={"maect_fast.kernels": "kernels"},
+    packages=sorted(set(PACKAGES)),
+    package_dir={f"maect_fast.{folder}": folder for folder in INSIDE},
     ext_modules=[Extension(CPP, sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

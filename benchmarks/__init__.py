@@ -1,1 +1,5 @@
-"""How fast the ops are, beside eager PyTorch."""
+"""How fast the ops are, beside whom, and how near to what the machine can do at best.
+
+Installed as `maect_fast.benchmarks`; needs nothing but torch, triton and numpy, matplotlib for
+pictures.
+"""

@@ -1,4 +1,4 @@
-"""The command line: maect-fast demo, pretrain, prepare-head, tune, evaluate, extract, doctor."""
+"""The command line, `maect-fast`: the three stages, evaluation, benchmarks and diagnosis."""
 
 import argparse
 import sys
@@ -25,8 +25,13 @@ The same command on an existing run directory continues the run.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that the user can mend are one line on stderr and exit code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["bench"]:
+        from maect_fast.benchmarks.cli import main as bench
+
+        return bench(given[1:])
     parser = _parser()
-    options, words = parser.parse_known_args(arguments)
+    options, words = parser.parse_known_args(given)
     options.overrides = words
     unknown = [word for word in words if word.startswith("-") or "=" not in word]
     if unknown or (words and options.command in ("demo", "doctor")):
@@ -127,7 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--split", choices=("train", "test"), default="train")
     extract.set_defaults(run=_extract)
 
+    # Listed here for --help; its own command line is in benchmarks/cli.py.
+    commands.add_parser("bench", help="time every op beside its peers and the device's floor")
+
     doctor = commands.add_parser("doctor", help="versions, devices, and which backends work")
+    doctor.add_argument(
+        "--check",
+        action="store_true",
+        help="also run every op against its definition in fp64; exit code 1 if one is wrong",
+    )
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -195,7 +208,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
     for line in report():
         print(line)
-    return 0
+    if not options.check:
+        return 0
+    from maect_fast.benchmarks.cli import main as bench
+
+    print("ops against their definition in fp64")
+    return bench(["check"])
 
 
 if __name__ == "__main__":

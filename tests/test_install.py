@@ -1,4 +1,7 @@
-"""Every way of installing gives one working `maect_fast.kernels`, with and without C++."""
+"""Every way of installing gives one working `maect_fast.kernels`, with and without C++.
+
+`maect_fast.benchmarks` comes the same way.
+"""
 
 import os
 import subprocess
@@ -6,20 +9,23 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import maect_fast
+import maect_fast.benchmarks
 import maect_fast.kernels
 
 ROOT = Path(maect_fast.__file__).resolve().parents[1]
 
 PROBE = """
 import sys
+import maect_fast.benchmarks.cli
 import maect_fast.kernels
 from maect_fast.config import load_recipe
 from maect_fast.kernels._common import cpp
-assert "kernels" not in sys.modules
+assert not {"kernels", "benchmarks"} & set(sys.modules)
 load_recipe("digits", "tune")
 print(maect_fast.kernels.__file__)
 print(cpp.load())
@@ -83,12 +89,13 @@ def source(tmp_path: Path) -> Path:
     return target
 
 
-def test_one_name_for_the_kernels() -> None:
+@pytest.mark.parametrize("package", [maect_fast.kernels, maect_fast.benchmarks])
+def test_one_name_for_what_lies_outside(package: ModuleType) -> None:
     """The link and the mapping lead to the same files, and the bare name is never imported."""
-    assert Path(maect_fast.kernels.__file__).resolve() == ROOT / "kernels" / "__init__.py"
-    assert (ROOT / "maect_fast" / "kernels").is_symlink()
-    loaded = [name for name in sys.modules if name == "kernels" or name.startswith("kernels.")]
-    assert loaded == []
+    folder = package.__name__.rpartition(".")[2]
+    assert Path(str(package.__file__)).resolve() == ROOT / folder / "__init__.py"
+    assert (ROOT / "maect_fast" / folder).is_symlink()
+    assert [name for name in sys.modules if name.partition(".")[0] == folder] == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,47 @@
+"""What this device can do at best: memory bandwidth and matrix rate, measured with random data."""
+
+from functools import cache
+
+import torch
+
+from maect_fast.benchmarks.timing import measure
+
+__all__ = ["bandwidth", "bandwidth_name", "matrix_rate"]
+
+# Many times the last-level cache, so that memory is measured.
+STREAM_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+# Large enough for the library's best tiles, small enough for a second of CPU time.
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+def bandwidth_name(device: torch.device) -> str:
+    """How bandwidth is measured: a copy on a GPU; on a CPU a triad, as STREAM does."""
+    return "copy" if device.type == "cuda" else "triad"
+
+
+@cache
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written ones counted, of ``a = b`` or, on a CPU, ``a = b + s c``.
+
+    The triad counts three arrays, as STREAM counts it.
+    """
+    size = STREAM_BYTES[device.type] // 4
+    b, c = torch.randn(2, size, device=device).unbind()
+    a = torch.empty_like(b)
+    if device.type == "cuda":
+        timing = measure({"copy": lambda: {"a": a.copy_(b)}}, device)["copy"]
+        return 2 * 4 * size / (timing.p50_ms / 1e3)
+    timing = measure({"triad": lambda: {"a": torch.add(b, c, alpha=3.0, out=a)}}, device)["triad"]
+    return 3 * 4 * size / (timing.p50_ms / 1e3)
+
+
+@cache
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP per second of a square matrix product in `dtype`."""
+    side = GEMM_SIDE[device.type]
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    timing = measure({"GEMM": lambda: {"c": torch.mm(a, b, out=out)}}, device)["GEMM"]
+    return 2 * side**3 / (timing.p50_ms / 1e3)

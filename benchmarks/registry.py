@@ -1,0 +1,116 @@
+"""What a benchmark is: an op's sizes, inputs, truth, formulas, and the programs that compute it.
+
+Every module in `ops/` makes one `Op` and registers its providers by decorator. How they are timed
+is not known here.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Generic, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from maect_fast.benchmarks.results import OURS
+from maect_fast.testing import assert_within_budget
+
+__all__ = [
+    "EAGER",
+    "OURS",
+    "Call",
+    "Op",
+    "Outputs",
+    "Provider",
+    "Sizes",
+    "UnavailableError",
+    "check_budget",
+    "import_peer",
+]
+
+Inputs = TypeVar("Inputs")
+Sizes: TypeAlias = Mapping[str, int]
+"""Dimension letters of the op's columns in the results: B, H, M, N, D, Q, K."""
+Outputs: TypeAlias = dict[str, Tensor]
+"""Results by name; the same name means the same quantity for every provider."""
+Call: TypeAlias = Callable[[], Outputs]
+"""What is timed: it computes the outputs anew each time."""
+
+EAGER = "eager"
+
+
+class UnavailableError(Exception):
+    """A provider cannot run here; the message is the reason, one line."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provider(Generic[Inputs]):
+    """One program that computes an op."""
+
+    make: Callable[[Inputs, str], Call]
+    """Sets up inputs and mode outside the timed part. Raises UnavailableError with the reason."""
+    capturable: bool
+    """False where a call waits for the device, so that no CUDA graph can hold it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Op(Generic[Inputs]):
+    """Everything that the benchmarks know of one op."""
+
+    name: str
+    """Of the op, of its module here and of its results file."""
+    letters: str
+    """The dimension letters that make a shape."""
+    modes: tuple[str, ...]
+    """What can be timed of it."""
+    sizes: Mapping[str, tuple[Sizes, ...]]
+    """Lists of shapes by name: "cpu" and "cuda" are the default on such a device."""
+    inputs: Callable[[Sizes, torch.dtype, torch.device], Inputs]
+    """Fresh random inputs."""
+    definition: Callable[[Inputs, str, torch.dtype], Outputs]
+    """The op in plain PyTorch in a dtype: the truth in fp64, the measure of the error budget in
+    the dtype of the inputs; perhaps of some samples only, which `check` then picks."""
+    check: Callable[[Inputs, Outputs, Outputs, Outputs], None]
+    """The gate: (inputs, found, eager, truth), the latter two by `definition`. The first line of
+    its AssertionError is the reason why a provider gets no time."""
+    num_bytes: Callable[[Sizes, str, int], int]
+    """(sizes, mode, bytes of an element) -> the fewest bytes that memory must move."""
+    num_flops: Callable[[Sizes, str], int]
+    """(sizes, mode) -> multiplications and additions of the matrix products."""
+    providers: dict[str, Provider[Inputs]] = field(default_factory=dict)
+    """By name, in order of registration; "eager" is the baseline of the gate."""
+
+    def provider(
+        self, name: str, *, capturable: bool = True
+    ) -> Callable[[Callable[[Inputs, str], Call]], Callable[[Inputs, str], Call]]:
+        """Register the decorated function as a provider."""
+
+        def register(make: Callable[[Inputs, str], Call]) -> Callable[[Inputs, str], Call]:
+            self.providers[name] = Provider(make=make, capturable=capturable)
+            return make
+
+        return register
+
+
+def check_budget(found: Outputs, eager: Outputs, truth: Outputs) -> None:
+    """The gate of ops whose outputs are numbers: each within the error budget of its dtype."""
+    assert found, "no outputs"
+    for name, value in found.items():
+        assert_within_budget(value, eager[name], truth[name], name=name)
+
+
+def import_peer(name: str) -> ModuleType:
+    """Import an optional package; UnavailableError says what it misses."""
+    package = name.partition(".")[0]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] == package:
+            raise UnavailableError(f"{error.name} is not installed") from error
+        raise UnavailableError(f"{package} does not load: {error}") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnavailableError(f"{package} does not load: {str(error).splitlines()[0]}") from error

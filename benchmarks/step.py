@@ -1,0 +1,351 @@
+"""Images per second and MFU of whole training updates: `maect-fast bench step`.
+
+Timed is the engine's own update on a batch that lies on the device; what making a batch costs is
+reported beside it. MFU, the model FLOPs utilisation, is the model's FLOPs per second over the
+matrix rate measured here: what an implementation leaves out counts for it, what it computes twice
+counts against it.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from maect_fast.benchmarks.floors import matrix_rate
+from maect_fast.benchmarks.results import append_rows, device_folder, environment_columns
+from maect_fast.benchmarks.table import number
+
+if TYPE_CHECKING:
+    from maect_fast.config import Config
+    from maect_fast.data import Batch
+    from maect_fast.models.decoder import Decoder
+    from maect_fast.models.encoder import Encoder
+    from maect_fast.models.maect import ContrastiveModel, PretrainModel
+    from maect_fast.training.distributed import World
+
+__all__ = ["StepRow", "UpdateFlops", "main", "measure_step", "update_flops"]
+
+WARMUP = 3
+# Settings that the results show anyhow.
+HAVE_COLUMNS = ("batch_size", "device", "precision", "threads")
+# Columns that say what was measured.
+KEY = ("recipe", "overrides", "stage", "batch_size", "dtype", "gpu", "cpu", "threads")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateFlops:
+    """FLOPs of one update per image, all its views; a multiplication with its addition is two.
+
+    Forward passes count once where nothing trains, three times where something does: the backward
+    pass is two more.
+    """
+
+    frozen: int
+    """The encoder's frozen part."""
+    tuned: int
+    """The rest of the encoder, and the decoder."""
+    head: int
+    """Projector and predictor, and once the target projector."""
+    search: int
+    """Similarities with the queue."""
+
+    @property
+    def total(self) -> int:
+        return self.frozen + self.tuned + self.head + self.search
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRow:
+    """One recipe's update on one device; a line of step.csv."""
+
+    recipe: str
+    overrides: str
+    """What was changed of the recipe, but for what has a column."""
+    stage: str
+    batch_size: int
+    """Images per update; each has num_views views."""
+    dtype: str
+    """Of the operands of matrix products."""
+    images_per_second: float
+    """batch_size over p50."""
+    p50_ms: float
+    p20_ms: float
+    p80_ms: float
+    frozen_gflop: float
+    """Per image, as the following three; see UpdateFlops."""
+    tuned_gflop: float
+    head_gflop: float
+    search_gflop: float
+    tflops: float
+    """Sustained by the update, at p50."""
+    matrix_tflops: float
+    """Sustained by a large matrix product of the same dtype, measured in this run."""
+    mfu: float
+    """The ratio of the two."""
+    peak_mib: float | None
+    """Largest memory allocated on the GPU, weights and optimiser included; None on a CPU."""
+    data_ms: float
+    """Augmenting one batch of images that are in memory, in one process; not in the figures above.
+    """
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+    cpu: str
+    threads: int
+
+
+def update_flops(model: "PretrainModel | ContrastiveModel", config: "Config") -> UpdateFlops:
+    """Count by formula: a block is ``24 N d^2 + 4 N^2 d`` for N tokens of width d.
+
+    Masked passes count the patch embedding and the prediction of all patches, as the paper's
+    program computes them.
+    """
+    encoder, decoder = model.encoder, model.decoder
+    head = getattr(model, "head", None)
+    num_kept = 1 + int(encoder.num_patches * (1 - config.mask_ratio))
+    frozen = tuned = head_flops = search = 0
+    if head is not None:
+        frozen, tuned = _encoder_flops(encoder, 1 + encoder.num_patches)
+        head_flops = 3 * (_linear_flops(head.projector, 1) + _linear_flops(head.predictor, 1))
+        if head.target_projector is not None:
+            head_flops += _linear_flops(head.target_projector, 1)
+        search = 2 * head.loss.queue.queue.numel()
+    if decoder is not None:
+        masked = _encoder_flops(encoder, num_kept)
+        frozen, tuned = frozen + masked[0], tuned + masked[1] + _decoder_flops(decoder, num_kept)
+    views = config.num_views
+    return UpdateFlops(
+        frozen=views * frozen,
+        tuned=views * 3 * tuned,
+        head=views * head_flops,
+        search=views * search,
+    )
+
+
+def _encoder_flops(encoder: "Encoder", num_tokens: int) -> tuple[int, int]:
+    """One forward pass of one view: the frozen layers, the others."""
+    stem = 2 * encoder.num_patches * encoder.patch_embed.proj.weight.numel()
+    layers = [stem, *(_block_flops(block, num_tokens) for block in encoder.blocks)]
+    # A frozen stem comes before the frozen blocks; beyond the last block is the final norm.
+    num_frozen = encoder.num_frozen + 1 if encoder.num_frozen else 0
+    return sum(layers[:num_frozen]), sum(layers[num_frozen:])
+
+
+def _decoder_flops(decoder: "Decoder", num_kept: int) -> int:
+    """One forward pass of one view."""
+    num_patches = decoder.pos_embed.shape[1]
+    return (
+        _linear_flops(decoder.embed, num_kept)
+        + sum(_block_flops(block, 1 + num_patches) for block in decoder.blocks)
+        + _linear_flops(decoder.pred, num_patches)
+    )
+
+
+def _block_flops(block: nn.Module, num_tokens: int) -> int:
+    width = block.get_submodule("attn.proj").get_parameter("weight").shape[0]
+    return _linear_flops(block, num_tokens) + 4 * num_tokens**2 * width
+
+
+def _linear_flops(module: nn.Module, num_rows: int) -> int:
+    """All linear layers in it, forward."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return 2 * num_rows * sum(layer.weight.numel() for layer in layers)
+
+
+def measure_step(
+    recipe: str, config: "Config", *, overrides: Sequence[str], num_updates: int
+) -> StepRow:
+    """Time updates with random weights on synthetic images.
+
+    Args:
+        recipe: its name, for the row.
+        config: the recipe with the overrides.
+        overrides: for the row.
+        num_updates: how many are timed, at least two, after some that are not.
+    """
+    from maect_fast.training.distributed import init_world
+    from maect_fast.training.engine import _update, matrix_dtype
+    from maect_fast.training.stages import build_stage
+
+    world = init_world(config.device)
+    device, dtype = world.device, matrix_dtype(config, world.device)
+    batch, data_seconds = _batch(config, world)
+    state = build_stage(config, world, total=WARMUP + num_updates)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = _seconds(lambda: _update(state, state.model, batch, world), num_updates, device)
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    deciles = quantiles(seconds, n=10, method="inclusive")
+    flops = update_flops(state.model, config)
+    rate, best = config.batch_size * flops.total / deciles[4], matrix_rate(dtype, device)
+    return StepRow(
+        recipe=recipe,
+        overrides=" ".join(item for item in overrides if item.split("=")[0] not in HAVE_COLUMNS),
+        stage=config.stage,
+        batch_size=config.batch_size,
+        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+        images_per_second=config.batch_size / deciles[4],
+        p50_ms=1e3 * deciles[4],
+        p20_ms=1e3 * deciles[1],
+        p80_ms=1e3 * deciles[7],
+        frozen_gflop=flops.frozen / 1e9,
+        tuned_gflop=flops.tuned / 1e9,
+        head_gflop=flops.head / 1e9,
+        search_gflop=flops.search / 1e9,
+        tflops=rate / 1e12,
+        matrix_tflops=best / 1e12,
+        mfu=rate / best,
+        peak_mib=peak,
+        data_ms=1e3 * data_seconds,
+        **environment_columns(device),
+    )
+
+
+def _batch(config: "Config", world: "World") -> tuple["Batch", float]:
+    """A batch on the device, and the seconds that it took to make."""
+    from maect_fast.data import Batch, Loader, build_source
+
+    data = replace(config.data, source="synthetic", num_images=config.batch_size)
+    loader = Loader(
+        build_source(data, config.encoder, split="train"),
+        config.augment,
+        num_views=config.num_views,
+        batch_size=config.batch_size,
+        img_size=config.encoder.img_size,
+        seed=config.seed,
+    )
+    for epoch in range(2):  # one batch each; the first one warms up
+        began = time.perf_counter()
+        batch = next(loader.batches(epoch))
+        seconds = time.perf_counter() - began
+    tensors = (batch.views, batch.sample_id, batch.label)
+    return Batch(*(tensor.to(world.device) for tensor in tensors)), seconds
+
+
+def _seconds(update: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Of each of `count` updates after a warm-up; on a GPU the host waits for none of them."""
+    for _ in range(WARMUP):
+        update()
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
+        events[0].record()
+        for event in events[1:]:
+            update()
+            event.record()
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+    times = [time.perf_counter()]
+    for _ in range(count):
+        update()
+        times.append(time.perf_counter())
+    return [end - start for start, end in pairwise(times)]
+
+
+HEADER = {
+    "recipe": "---",
+    "stage": "---",
+    "device": "---",
+    "batch": "---:",
+    "images/s": "---:",
+    "ms p20 / p50 / p80": "---:",
+    "GFLOP per image: frozen / tuned / head / search": "---:",
+    "TFLOP/s": "---:",
+    "MFU": "---:",
+    "peak MiB": "---:",
+    "data ms": "---:",
+}
+
+
+def _cells(row: StepRow) -> list[str]:
+    gflop = (row.frozen_gflop, row.tuned_gflop, row.head_gflop, row.search_gflop)
+    return [
+        f"{row.recipe} ({row.overrides})" if row.overrides else row.recipe,
+        row.stage,
+        f"{row.gpu or f'{row.cpu}, {row.threads} threads'}, {row.dtype}",
+        str(row.batch_size),
+        number(row.images_per_second),
+        " / ".join(number(ms) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)),
+        " / ".join(number(value) for value in gflop),
+        number(row.tflops),
+        f"{row.mfu:.1%}",
+        number(row.peak_mib),
+        number(row.data_ms),
+    ]
+
+
+def main(words: Sequence[str]) -> int:
+    """Measure recipe by recipe; 1 where one did not fit into the GPU's memory.
+
+    Raises:
+        ConfigError: an unknown recipe, or a setting that cannot be used.
+    """
+    from maect_fast.config import load_config, load_recipe
+    from maect_fast.training.distributed import resolve_device
+
+    options, overrides = _parse(words)
+    configs = {
+        recipe: load_config(load_recipe(recipe, options.stage), overrides=overrides)
+        for recipe in options.recipe
+    }
+    all_threads = torch.get_num_threads()
+    code = 0
+    for cells in (HEADER, HEADER.values()):
+        print(f"| {' | '.join(cells)} |")
+    for recipe, config in configs.items():
+        torch.set_num_threads(config.threads or all_threads)
+        matrix_rate.cache_clear()  # it depends on the threads
+        try:
+            row = measure_step(recipe, config, overrides=overrides, num_updates=options.updates)
+        except torch.OutOfMemoryError:
+            size = config.batch_size
+            print(f"{recipe}: out of memory, give less than batch_size={size}", file=sys.stderr)
+            code = 1
+            continue
+        print(f"| {' | '.join(_cells(row))} |", flush=True)
+        folder = options.out / device_folder(resolve_device(config.device))
+        append_rows(folder / "step.csv", [row], key=KEY)
+    return code
+
+
+def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options, and the key=value overrides wherever they stand."""
+    parser = argparse.ArgumentParser(
+        prog="maect-fast bench step",
+        usage="%(prog)s [options] [key=value ...]",
+        description="Time whole training updates of recipes, with random weights on synthetic "
+        "images; key=value changes any setting of them (batch_size=64 precision=bf16).",
+    )
+    parser.add_argument("--recipe", nargs="+", default=["digits"], help="default: digits")
+    parser.add_argument(
+        "--stage",
+        choices=("pretrain", "prepare-head", "tune"),
+        default="tune",
+        help="default: tune",
+    )
+    parser.add_argument("--updates", type=int, default=20, help="that are timed; default: 20")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        help="default: runs/bench; in it a folder per device with step.csv",
+    )
+    options, rest = parser.parse_known_args(words)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"not known: {' '.join(unknown)}")
+    if options.updates < 2:
+        parser.error(f"--updates: expected at least 2, got {options.updates}")
+    # --recipe takes the overrides that follow it, too.
+    overrides = [word for word in (*options.recipe, *rest) if "=" in word]
+    options.recipe = [word for word in options.recipe if "=" not in word]
+    return options, overrides

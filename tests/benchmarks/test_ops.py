@@ -1,0 +1,157 @@
+"""The registry: inputs, formulas and gates of every op, and that each provider computes the op."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maect_fast.benchmarks.ops import OPS
+from maect_fast.benchmarks.ops import info_nce as loss_entry
+from maect_fast.benchmarks.ops import masked_attention as attention_entry
+from maect_fast.benchmarks.ops import queue_topk as search_entry
+from maect_fast.benchmarks.registry import EAGER, OURS, Call, Op, Outputs
+from maect_fast.benchmarks.run import gate
+
+CPU = torch.device("cpu")
+COMPILED = ("torch.compile", "FlexAttention", "cut-cross-entropy")
+NEEDS_CUDA = {
+    "masked_attention": {"SDPA efficient", "SDPA cuDNN", "xformers", "flash-attn"},
+    "queue_topk": {"faiss-gpu"},
+    "info_nce": {"Liger"},
+}
+CASES = [(name, mode) for name, op in OPS.items() for mode in op.modes]
+
+
+def copy_of(op: Op[Any]) -> Op[Any]:
+    """An op to which a test can add providers."""
+    return replace(op, providers=dict(op.providers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_providers_pass_the_gate(name: str, mode: str, dtype: torch.dtype) -> None:
+    op = OPS[name]
+    providers = [p for p in op.providers if p not in COMPILED]
+    for sizes in op.sizes["check"]:
+        x = op.inputs(sizes, dtype, CPU)
+        calls, reasons = gate(op, x, mode, dtype, providers)
+        assert {OURS, EAGER} <= calls.keys(), reasons
+        assert {p for p in reasons if reasons[p] == "needs CUDA"} == NEEDS_CUDA[name]
+        absent = ("needs CUDA", "is not installed", "has no F.linear_cross_entropy")
+        assert all(any(word in reason for word in absent) for reason in reasons.values()), reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mode"), CASES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_compiled_providers_pass_the_gate(name: str, mode: str) -> None:
+    op = OPS[name]
+    providers = [p for p in op.providers if p in COMPILED]
+    x = op.inputs(op.sizes["quick"][0], torch.float32, CPU)
+    _, reasons = gate(op, x, mode, torch.float32, providers)
+    assert "torch.compile" not in reasons, reasons
+    assert not any(reason.startswith("wrong") for reason in reasons.values()), reasons
+
+
+def wrong_attention(x: attention_entry.Inputs, mode: str) -> Call:
+    """The last sample's last token is not written."""
+
+    def forward(qkv: torch.Tensor) -> torch.Tensor:
+        o = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind()).transpose(1, 2)
+        keep = torch.ones(o.shape[:2], dtype=torch.bool)
+        keep[-1, -1] = False
+        return o * keep[..., None, None]
+
+    return attention_entry._differentiate(x, mode, forward)
+
+
+def wrong_search(x: search_entry.Inputs, mode: str) -> Call:
+    """The query's own slot is not excluded."""
+
+    def search() -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices = (x.query @ x.state.queue.T).topk(x.k)
+        return values, indices
+
+    return search_entry._finish(x, mode, search)
+
+
+def wrong_loss(x: loss_entry.Inputs, mode: str) -> Call:
+    """The views are not crossed."""
+    straight = replace(x, neighbour=x.neighbour.flip(0))
+    return loss_entry._by_rows(straight, mode, loss_entry._rows_loss)
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_a_wrong_provider_gets_no_time(name: str, mode: str) -> None:
+    op = copy_of(OPS[name])
+    wrong: dict[str, Any] = {
+        "masked_attention": wrong_attention,
+        "queue_topk": wrong_search,
+        "info_nce": wrong_loss,
+    }
+    op.provider("wrong")(wrong[name])
+    x = op.inputs(op.sizes["quick"][0], torch.float32, CPU)
+    if name == "queue_topk":
+        # The queue's own rows as queries, so that the own slot would be the best, and k = 1, so
+        # that it would be picked.
+        x = replace(x, query=x.state.queue[x.query_id], k=1)
+    calls, reasons = gate(op, x, mode, torch.float32, [EAGER, "wrong"])
+    assert list(calls) == [EAGER]
+    assert reasons["wrong"].startswith("wrong: ")
+
+
+def test_claimed_scores_must_belong_to_the_slots() -> None:
+    op = copy_of(OPS["queue_topk"])
+
+    @op.provider("shifted")
+    def shifted(x: search_entry.Inputs, mode: str) -> Call:
+        values, indices = search_entry._scores_topk(
+            x.query, x.state.queue, x.query_id, x.state.queue_id, x.k
+        )
+        return lambda: {"values": values, "indices": (indices + 1) % len(x.state.queue)}
+
+    x = op.inputs(op.sizes["quick"][0], torch.float32, CPU)
+    _, reasons = gate(op, x, "topk", torch.float32, ["shifted"])
+    assert reasons["shifted"].startswith("wrong: scores of indices")
+
+
+def test_a_provider_that_raises_gets_its_reason() -> None:
+    op = copy_of(OPS["info_nce"])
+
+    @op.provider("broken")
+    def broken(x: loss_entry.Inputs, mode: str) -> Call:
+        def call() -> Outputs:
+            raise MemoryError("no memory\nwith details")
+
+        return call
+
+    x = op.inputs(op.sizes["quick"][0], torch.float32, CPU)
+    assert gate(op, x, "fwd", torch.float32, ["broken"])[1] == {"broken": "MemoryError: no memory"}
+
+
+def test_formulas() -> None:
+    """ViT-H/14 tuning at 512 views, the usual search and loss, worked out by hand."""
+    attention = {"B": 512, "H": 16, "N": 257, "D": 80}
+    op = OPS["masked_attention"]
+    assert op.num_flops(attention, "fwd") == 4 * 512 * 16 * 257**2 * 80  # 173.1 GFLOP
+    assert op.num_flops(attention, "bwd") == 10 * 512 * 16 * 257**2 * 80  # 432.9 GFLOP
+    assert op.num_flops(attention, "full") == 14 * 512 * 16 * 257**2 * 80
+    assert op.num_bytes(attention, "fwd", 2) == 4 * 2 * 512 * 257 * 16 * 80  # 1.35 GB
+    search = {"B": 512, "Q": 65_536, "D": 256, "K": 20}
+    assert OPS["queue_topk"].num_flops(search, "topk") == 17_179_869_184
+    queue = 65_536 * 256 * 2
+    assert queue < OPS["queue_topk"].num_bytes(search, "topk", 2) < 1.02 * queue
+    loss = {"B": 512, "N": 4096, "D": 256}
+    assert OPS["info_nce"].num_flops(loss, "full") == 12 * 512 * 4096 * 256  # 6.4 GFLOP
+
+
+def test_both_divisions_of_the_loss_agree_on_one_rank() -> None:
+    x = OPS["info_nce"].inputs({"B": 9, "N": 9, "D": 16}, torch.float32, CPU)
+    x = loss_entry.Inputs(x.predicted.double(), x.neighbour.double(), x.B)
+    by_rows = loss_entry._by_rows(x, "full", loss_entry._rows_loss)()
+    by_columns = loss_entry._by_columns(x, "full", loss_entry._columns_loss)()
+    assert by_rows.keys() == by_columns.keys() == {"loss", "gradient"}
+    for name, value in by_rows.items():
+        torch.testing.assert_close(by_columns[name], value)

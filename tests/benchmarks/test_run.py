@@ -1,0 +1,122 @@
+"""Timing and rows: turns, percentiles, memory, floors, reasons."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from maect_fast.benchmarks import floors, timing
+from maect_fast.benchmarks.check import REMEDY, check
+from maect_fast.benchmarks.ops import OPS
+from maect_fast.benchmarks.registry import EAGER, OURS, Call, Outputs
+from maect_fast.benchmarks.run import floor_rows, measure_op
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 3)
+    monkeypatch.setattr(timing, "SECONDS_PER_CALL", 0.0)
+    monkeypatch.setattr(floors, "STREAM_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(floors, "GEMM_SIDE", {"cpu": 64, "cuda": 64})
+    floors.bandwidth.cache_clear()
+    floors.matrix_rate.cache_clear()
+
+
+def test_providers_take_turns() -> None:
+    order = []
+
+    def call(name: str) -> Call:
+        def run() -> Outputs:
+            order.append(name)
+            return {}
+
+        return run
+
+    timing.measure({"a": call("a"), "b": call("b")}, CPU)
+    # Each once for its memory, then in turn.
+    assert order == ["a", "b"] * 4
+
+
+def test_milliseconds() -> None:
+    def sleep() -> Outputs:
+        time.sleep(0.02)
+        return {}
+
+    (found,) = timing.measure({"sleep": sleep}, CPU).values()
+    assert 20 <= found.p20_ms <= found.p50_ms <= found.p80_ms < 200
+    assert found.graph_ms is None
+
+
+def test_peak_memory_counts_what_a_call_allocates() -> None:
+    def allocate() -> Outputs:
+        # Written, as untouched pages are not resident.
+        return {"x": torch.ones(64 << 20, dtype=torch.uint8)}
+
+    (found,) = timing.measure({"allocate": allocate}, CPU).values()
+    if found.peak_mib is None:
+        pytest.skip("no /proc/self/clear_refs here")
+    assert 63 <= found.peak_mib < 80
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_rows(name: str) -> None:
+    op = OPS[name]
+    sizes = op.sizes["quick"][0]
+    absent = {
+        "masked_attention": "SDPA cuDNN",
+        "queue_topk": "faiss-gpu",
+        "info_nce": "Liger",
+    }
+    providers = [OURS, EAGER, absent[name]]
+    mode = op.modes[0]
+    rows = list(measure_op(op, sizes, torch.float32, CPU, modes=[mode], providers=providers))
+    assert [row.provider for row in rows] == providers
+    ours, eager, missing = rows
+    for row in (ours, eager):
+        assert row.p50_ms is not None
+        assert row.tflops == pytest.approx(op.num_flops(sizes, mode) / row.p50_ms / 1e9)
+        assert row.gbps == pytest.approx(op.num_bytes(sizes, mode, 4) / row.p50_ms / 1e6)
+        assert row.sizes == dict(sizes)
+        assert row.reason == ""
+    assert missing.p50_ms is None
+    assert missing.reason == "needs CUDA"
+    by_bytes = 1e3 * op.num_bytes(sizes, mode, 4) / floors.bandwidth(CPU)
+    by_flops = 1e3 * op.num_flops(sizes, mode) / floors.matrix_rate(torch.float32, CPU)
+    assert ours.floor_ms == pytest.approx(max(by_bytes, by_flops))
+    assert ours.floor_kind == ("bytes" if by_bytes > by_flops else "FLOPs")
+
+
+def test_floors_are_rows() -> None:
+    bandwidth, *rates = floor_rows([torch.float32, torch.bfloat16], CPU)
+    assert bandwidth.provider == "triad"
+    assert bandwidth.gbps is not None
+    assert bandwidth.gbps > 0
+    assert [(row.provider, row.dtype) for row in rates] == [("GEMM", "fp32"), ("GEMM", "bf16")]
+    assert all(row.tflops is not None and row.tflops > 0 for row in rates)
+
+
+def test_check_is_right_here() -> None:
+    lines = list(check(CPU))
+    assert len(lines) == len(OPS) + 1
+    assert all(right for _, right in lines), lines
+
+
+def test_check_says_what_is_wrong_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["info_nce"]
+    make: Any = op.providers[OURS].make
+
+    def off(x: Any, mode: str) -> Call:
+        call = make(x, mode)
+        return lambda: {name: value * 1.01 for name, value in call().items()}
+
+    monkeypatch.setitem(op.providers, OURS, replace(op.providers[OURS], make=off))
+    wrong = [line for line, right in check(CPU) if not right]
+    assert len(wrong) == 1
+    assert wrong[0].startswith("info_nce")
+    assert "budget" in wrong[0]
+    assert wrong[0].endswith(REMEDY)
+    assert "\n" not in wrong[0]
