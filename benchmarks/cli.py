@@ -4,14 +4,16 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from maect_fast.benchmarks.check import check
 from maect_fast.benchmarks.figures import draw
 from maect_fast.benchmarks.ops import OPS
-from maect_fast.benchmarks.registry import OURS, Sizes
+from maect_fast.benchmarks.registry import OURS, Op, Sizes
 from maect_fast.benchmarks.results import (
     FLOORS,
     Row,
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "maect-fast benc
         if words and words[0] in commands:
             return commands[words[0]](words[1:])
         return _bench(words, prog)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -67,7 +69,7 @@ def _bench(words: Sequence[str], prog: str) -> int:
     device = _device(options.device)
     dtypes = [DTYPES[name] for name in options.dtype or [_default_dtype(device)]]
     # Before anything is measured, because a wrong shape is told at once.
-    plan = [(OPS[name], _shapes(options, name, device)) for name in options.op or OPS]
+    plan = _plan(options, device)
     folder = options.out / device_folder(device)
     deadline = time.monotonic() + 60 * options.minutes
 
@@ -75,32 +77,24 @@ def _bench(words: Sequence[str], prog: str) -> int:
     append_rows(folder / f"{FLOORS}.csv", rows)
     _report(f"{folder.name}: " + ", ".join(_rate(row) for row in rows))
     for dtype in dtypes:
-        for op, shapes in plan:
-            for sizes in shapes:
-                if time.monotonic() > deadline:
-                    _report(f"left out after {options.minutes:g} minutes: {op.name} {dict(sizes)}")
-                    continue
-                measured = list(
-                    measure_op(
-                        op,
-                        sizes,
-                        dtype,
-                        device,
-                        modes=_chosen(options.mode, op.modes),
-                        providers=_chosen(options.provider, op.providers),
-                    )
-                )
-                # After every shape, so that an interrupted run keeps what it has.
-                append_rows(folder / f"{op.name}.csv", measured)
-                rows += measured
-                for case in by_case(measured):
-                    _report(_line(case))
+        for op, sizes in plan:
+            if time.monotonic() > deadline:
+                _report(f"left out after {options.minutes:g} minutes: {op.name} {dict(sizes)}")
+                continue
+            modes = _chosen(options.mode, op.modes)
+            providers = _chosen(options.provider, op.providers)
+            measured = list(measure_op(op, sizes, dtype, device, modes=modes, providers=providers))
+            # After every shape, so that an interrupted run keeps what it has.
+            append_rows(folder / f"{op.name}.csv", measured)
+            rows += measured
+            for case in by_case(measured):
+                _report(_line(case))
     print(summary(rows))
     try:
         draw(folder, folder)
         _report(f"results and pictures are in {folder}")
     except ModuleNotFoundError as error:
-        _report(f"results are in {folder}; no pictures: {error.name} is not installed")
+        _report(f"results are in {folder}; {error}")
     return 1 if any(row.provider == OURS and row.reason for row in rows) else 0
 
 
@@ -144,6 +138,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "per device, with a CSV file per op and the pictures",
     )
     return parser
+
+
+def _plan(options: argparse.Namespace, device: torch.device) -> list[tuple[Op[Any], Sizes]]:
+    """Ops in turn, so that a run of limited time has the first shapes of all."""
+    shapes = {name: _shapes(options, name, device) for name in options.op or OPS}
+    rounds = zip_longest(*shapes.values())
+    return [
+        (OPS[name], sizes)
+        for sizes_by_op in rounds
+        for name, sizes in zip(shapes, sizes_by_op, strict=True)
+        if sizes is not None
+    ]
 
 
 def _shapes(options: argparse.Namespace, name: str, device: torch.device) -> Sequence[Sizes]:

@@ -102,7 +102,7 @@ OP: Op[Inputs] = Op(
     modes=("fwd", "bwd", "full"),
     sizes={
         "cuda": tuple(_sizes(512, *shape) for shape in VIT),
-        "cpu": tuple(_sizes(16 if N < 100 else 8, N, H, D) for N, H, D in VIT),
+        "cpu": tuple(_sizes(8, *shape) for shape in VIT),
         "vision": tuple(_sizes(*shape) for shape in VISION),
         "check": tuple(_sizes(3, *shape) for shape in ODD),
         "quick": (_sizes(4, 50, 16, 64), _sizes(4, 197, 12, 64)),

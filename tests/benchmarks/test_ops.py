@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from maect_fast.benchmarks.ops import OPS
 from maect_fast.benchmarks.ops import info_nce as loss_entry
@@ -59,7 +58,7 @@ def wrong_attention(x: attention_entry.Inputs, mode: str) -> Call:
     """The last sample's last token is not written."""
 
     def forward(qkv: torch.Tensor) -> torch.Tensor:
-        o = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind()).transpose(1, 2)
+        o = attention_entry._sdpa(qkv)
         keep = torch.ones(o.shape[:2], dtype=torch.bool)
         keep[-1, -1] = False
         return o * keep[..., None, None]
