@@ -5,13 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NEWEST_TRITON := $(CURDIR)/build/triton-newest
 CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint type fmt bench gpu ci clean
+.PHONY: help install demo test test-slow test-gpu lint type fmt bench gpu \
+	machine-code machine-code-newest ci clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 install: $(INSTALLED) ## make .venv and install the project into it, C++ library included
 
@@ -57,7 +59,18 @@ bench: install ## time every op beside its peers, into benchmarks/results; OP=na
 gpu: install ## on a GPU: check, tests, benchmarks, profile, in ten minutes; OUT=folder
 	PYTHON=$(CURDIR)/$(BIN)/python bash benchmarks/gpu.sh
 
-ci: lint type test ## everything that a change must pass
+machine-code: install ## compile the Triton kernels for sm_80 and sm_90 and check the machine code
+	$(BIN)/python -m maect_fast.benchmarks.machine_code --csv build/machine-code.csv
+
+machine-code-newest: install ## the same with the newest Triton, installed apart from .venv
+	$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python --no-deps \
+		--target $(NEWEST_TRITON) triton
+	@PYTHONPATH=$(NEWEST_TRITON) $(BIN)/python -c "import triton; file = triton.__file__; \
+		file.startswith('$(NEWEST_TRITON)/') or exit(f'expected Triton from $(NEWEST_TRITON), got {file}')"
+	PYTHONPATH=$(NEWEST_TRITON) $(BIN)/python -m maect_fast.benchmarks.machine_code \
+		--csv build/machine-code-newest.csv
+
+ci: lint type machine-code test ## everything that a change must pass
 
 clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info kernels/_C.so .pytest_cache .mypy_cache .ruff_cache

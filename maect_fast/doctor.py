@@ -4,12 +4,13 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 
 from maect_fast import __version__
+from maect_fast.benchmarks.machine_code.ptxas import drops_work, ptxas_in_use
+from maect_fast.benchmarks.results import cpu_name
 from maect_fast.kernels import info_nce, masked_attention, queue_topk
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend
@@ -40,9 +41,10 @@ def report() -> Iterator[str]:
     for name in ("torch", "triton", "torchvision", "timm", "numpy"):
         yield f"  {name:<12} {_version(name)}"
     yield f"  {'torchvision':<12} {_torchvision()}"
+    yield f"  {'ptxas':<12} {_ptxas()}"
     yield "devices"
     threads = torch.get_num_threads()
-    yield f"  {'cpu':<12} {_cpu_name()}, {os.cpu_count()} cores, torch uses {threads} threads"
+    yield f"  {'cpu':<12} {cpu_name()}, {os.cpu_count()} cores, torch uses {threads} threads"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(i)
@@ -87,13 +89,20 @@ def _torchvision() -> str:
     return "loads beside this torch"
 
 
-def _cpu_name() -> str:
-    if sys.platform.startswith("linux"):
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _ptxas() -> str:
+    """The assembler behind Triton for this machine's GPU (without one, for sm_90)."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    try:
+        path, release = ptxas_in_use(10 * major + minor)
+    except ImportError:
+        return "missing: comes with triton"
+    found = f"{release[0]}.{release[1]} at {path}"
+    if major == 9 and drops_work(release):
+        return (
+            f"{found}, known to drop work of some sm_90 kernels silently: "
+            "pip install 'nvidia-cuda-nvcc>=13', set TRITON_PTXAS_PATH to its bin/ptxas"
+        )
+    return found
 
 
 def _why_no_cuda() -> str:

@@ -1,0 +1,168 @@
+"""PTX and machine code (SASS) as plain data: instructions, loops, tensor-core products."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = [
+    "Code",
+    "Instruction",
+    "Shape",
+    "count",
+    "flops",
+    "innermost_tensor_loops",
+    "is_empty",
+    "parse_ptx",
+    "parse_sass",
+    "read_shares",
+    "tensor_shape",
+]
+
+# M, N, K of one tensor-core instruction.
+Shape = tuple[int, int, int]
+
+PTX = re.compile(r"^\s*(?:@\S+\s+)?([a-z]\w*(?:\.[\w:]+)+)\s", re.MULTILINE)
+SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+SASS_LABEL = re.compile(r"^(\.L\w+):")
+WIDE = re.compile(r"MMA|\.128|\.M88\.4")
+REGISTER = re.compile(r"\bR(\d+)\b")
+# A warp group's HGMMA.64x128x16 or wgmma m64n128k16, a warp's HMMA.16816 or mma m16n8k16; also of
+# integers (I) and eight-bit floats (Q).
+SHAPE = re.compile(
+    r"^(?:[HIQ]GMMA\.(\d+)x(\d+)x(\d+)|[HIQ]MMA\.(16)(8)(\d+)|"
+    r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.m(\d+)n(\d+)k(\d+))\b"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One machine instruction."""
+
+    opcode: str
+    """With its modifiers: ``HMMA.16816.F32.BF16``."""
+    operands: str
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """The machine code of a kernel."""
+
+    instructions: list[Instruction]
+    loops: list[range]
+    """Index ranges, from the target of a backward branch to the branch."""
+
+
+def parse_ptx(text: str) -> Counter[str]:
+    """How often each PTX instruction is there, modifiers included."""
+    return Counter(PTX.findall(text))
+
+
+def parse_sass(text: str) -> Code:
+    """Instructions and loops of a listing by `nvdisasm -c`."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    ends: dict[int, int] = {}
+    for line in text.splitlines():
+        if label := SASS_LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := SASS.match(line):
+            instructions.append(Instruction(found[1], found[2]))
+            target = re.search(r"\((\.L\w+)\)", found[2])
+            if found[1].startswith("BRA") and target and target[1] in labels:
+                ends[labels[target[1]]] = len(instructions)
+    return Code(instructions, [range(start, end) for start, end in ends.items()])
+
+
+def count(opcodes: Counter[str], name: str) -> int:
+    """How many are `name`, whatever modifiers follow: ``LDG`` counts ``LDG.E.128``."""
+    return sum(n for opcode, n in opcodes.items() if f"{opcode}.".startswith(f"{name}."))
+
+
+def tensor_shape(opcode: str) -> Shape | None:
+    """Sizes of a tensor-core instruction, of PTX or of the machine; None for any other."""
+    if not (found := SHAPE.match(opcode)):
+        return None
+    m, n, k = (int(size) for size in found.groups() if size)
+    return m, n, k
+
+
+def flops(shapes: Iterable[Shape], num_warps: int) -> int:
+    """What all warps of a block execute: four warps together, or each warp its own (M = 16)."""
+    return sum(2 * m * n * k * (num_warps // 4 if m == 64 else num_warps) for m, n, k in shapes)
+
+
+def innermost_tensor_loops(code: Code) -> list[range]:
+    """Loops with tensor-core instructions around no other such loop."""
+    products = [i for i, x in enumerate(code.instructions) if tensor_shape(x.opcode)]
+    loops = [loop for loop in code.loops if any(i in loop for i in products)]
+    return [
+        loop
+        for loop in loops
+        if not any(inner != loop and inner[0] in loop and inner[-1] in loop for inner in loops)
+    ]
+
+
+def is_empty(instruction: Instruction) -> bool:
+    """Whether it is a tensor-core instruction that throws its product away."""
+    return bool(tensor_shape(instruction.opcode)) and instruction.operands.startswith("RZ,")
+
+
+def read_shares(code: Code) -> list[tuple[int, float]]:
+    """For each warp-group product, its size and the share of its result that anything reads.
+
+    A compiler can keep the products and still take their results for zero.
+    """
+    mentions: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+    for i, instruction in enumerate(code.instructions):
+        written, read = _registers(instruction)
+        for register in written | read:
+            mentions[register].append((i, register in read))
+    shares = []
+    for i, instruction in enumerate(code.instructions):
+        if result := _result(instruction):
+            used = sum(_read_next(mentions[register], i, code.loops) for register in result)
+            shares.append((len(result), used / len(result)))
+    return shares
+
+
+def _read_next(mentions: list[tuple[int, bool]], i: int, loops: list[range]) -> bool:
+    """Whether what comes after instruction `i` reads the register before overwriting it."""
+    loop = max((loop for loop in loops if i in loop), key=len, default=range(i, i + 1))
+    rest = [read for at, read in mentions if i < at <= loop[-1]]
+    if rest:
+        return rest[0]
+    again = [read for at, read in mentions if loop[0] <= at < i]
+    beyond = [read for at, read in mentions if loop[-1] < at]
+    return True in (again[:1] + beyond[:1])
+
+
+def _result(instruction: Instruction) -> range:
+    """Registers that hold a warp-group product; empty for any other instruction."""
+    shape = tensor_shape(instruction.opcode)
+    first = REGISTER.match(instruction.operands)
+    if not shape or shape[0] != 64 or not first:
+        return range(0)
+    # 64 x N values on 128 threads; of fp16 accumulators two share a register.
+    size = shape[1] // (4 if instruction.opcode.split(".")[2] == "F16" else 2)
+    return range(int(first[1]), int(first[1]) + size)
+
+
+def _registers(instruction: Instruction) -> tuple[set[int], set[int]]:
+    """Registers written and read; an accumulator only passes through a warp-group product."""
+    opcode, operands = instruction.opcode, instruction.operands.split(", ")
+    if result := _result(instruction):
+        return set(result if "RZ" in operands[2:] else ()), _named(operands[1:2], 4)
+    size = 4 if WIDE.search(opcode) else 2 if ".64" in opcode or ".WIDE" in opcode else 1
+    # SHFL puts a predicate first.
+    target = 1 if opcode.startswith("SHFL") else 0
+    if not REGISTER.match(operands[target]):
+        return set(), _named(operands, size)
+    sources = operands[:target] + operands[target + 1 :]
+    return _named([operands[target]], size), _named(sources, 4 if "MMA" in opcode else 1)
+
+
+def _named(operands: list[str], size: int) -> set[int]:
+    """Registers named, each the first of `size`."""
+    first = [int(register) for operand in operands for register in REGISTER.findall(operand)]
+    return {register + i for register in first for i in range(size)}

@@ -1,0 +1,50 @@
+"""Compile every registered Triton kernel for sm_80 and sm_90; refuse what breaks its limits.
+
+First the controls: launches that must pass and launches that must be refused. No GPU is needed.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maect_fast import kernels
+
+__all__ = ["main", "registered"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, 1 when something is refused, 2 when nothing can be compiled."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument(
+        "--module",
+        nargs="+",
+        metavar="NAME",
+        help="modules with a machine_code(arch); default: every kernels/*/triton_kernel.py",
+    )
+    options = parser.parse_args(arguments)
+    if why := _why_not():
+        print(f"machine_code: {why}", file=sys.stderr)
+        return 2
+    # Needs Triton.
+    from maect_fast.benchmarks.machine_code.run import run
+
+    return run(options.module or registered(Path(kernels.__file__).parent), csv=options.csv)
+
+
+def registered(folder: Path) -> list[str]:
+    """Modules of the ops in a kernels/ folder that have Triton kernels."""
+    found = sorted(folder.glob("*/triton_kernel.py"))
+    return [f"maect_fast.kernels.{path.parent.name}.triton_kernel" for path in found]
+
+
+def _why_not() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it"
+    return None
