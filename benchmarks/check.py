@@ -1,19 +1,21 @@
 """Is every op right on this device? Each against its definition in fp64, in seconds."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maect_fast.benchmarks.machine_code.cli import registered
 from maect_fast.benchmarks.ops import OPS
-from maect_fast.benchmarks.registry import OURS, Op, Outputs, check_budget
+from maect_fast.benchmarks.registry import OURS, Op, Outputs, Sizes, check_budget
 from maect_fast.benchmarks.run import dtype_name, first_line, gate
 from maect_fast.kernels import attention, masked_attention
 from maect_fast.kernels._common.backend import Backend
 from maect_fast.testing import random_qkv
 
-__all__ = ["check"]
+__all__ = ["check", "launch_sizes"]
 
 REMEDY = (
     'pass backend="reference" to the op, which is slower and right, and report this line with '
@@ -28,6 +30,8 @@ Results = list[tuple[str, str | None]]
 
 def check(device: torch.device) -> Iterator[tuple[str, bool]]:
     """Run every op in every mode, forward and backward, at odd sizes.
+
+    On a GPU also at the sizes of every launch row that it would use.
 
     Yields:
         One line per op and dtype, and whether all was right; what is wrong comes with the remedy.
@@ -54,13 +58,24 @@ def _verdict(name: str, dtype: torch.dtype, results: Results) -> tuple[str, bool
 def _plain(op: Op[Any], dtype: torch.dtype, device: torch.device) -> Results:
     """The op as the benchmarks call it."""
     results: Results = []
-    for sizes in op.sizes["check"]:
+    for sizes in (*op.sizes["check"], *launch_sizes(op.name, device)):
         x = op.inputs(sizes, dtype, device)
         shape = " ".join(f"{letter}{size}" for letter, size in sizes.items())
         for mode in op.modes:
             _, reasons = gate(op, x, mode, dtype, [OURS])
             results.append((f"{shape} {mode}", reasons.get(OURS)))
     return results
+
+
+def launch_sizes(name: str, device: torch.device) -> list[Sizes]:
+    """Example sizes of the op's launch rows for this device."""
+    module = f"maect_fast.kernels.{name}.triton_kernel"
+    if device.type != "cuda" or module not in registered():
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    launches = importlib.import_module(module).machine_code(10 * major + minor)
+    # Rows of several kernels, forward and backward, share their sizes.
+    return list({str(launch.row.sizes): launch.row.sizes for launch in launches}.values())
 
 
 Attend = Callable[[Tensor, Backend], Tensor]

@@ -13,6 +13,8 @@ from maect_fast import kernels
 
 __all__ = ["main", "registered"]
 
+KERNELS = Path(kernels.__file__).parent
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 1 when something is refused, 2 when nothing can be compiled."""
@@ -31,10 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Needs Triton.
     from maect_fast.benchmarks.machine_code.run import run
 
-    return run(options.module or registered(Path(kernels.__file__).parent), csv=options.csv)
+    return run(options.module or registered(), csv=options.csv)
 
 
-def registered(folder: Path) -> list[str]:
+def registered(folder: Path = KERNELS) -> list[str]:
     """Modules of the ops in a kernels/ folder that have Triton kernels."""
     found = sorted(folder.glob("*/triton_kernel.py"))
     return [f"maect_fast.kernels.{path.parent.name}.triton_kernel" for path in found]

@@ -1,14 +1,16 @@
 """Timing and rows: turns, percentiles, memory, floors, reasons."""
 
+import sys
 import time
 from dataclasses import replace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from maect_fast.benchmarks import floors, timing
-from maect_fast.benchmarks.check import REMEDY, check
+from maect_fast.benchmarks.check import REMEDY, check, launch_sizes
 from maect_fast.benchmarks.ops import OPS
 from maect_fast.benchmarks.registry import EAGER, OURS, Call, Outputs
 from maect_fast.benchmarks.run import floor_rows, measure_op
@@ -103,6 +105,23 @@ def test_check_is_right_here() -> None:
     lines = list(check(CPU))
     assert len(lines) == len(OPS) + 1
     assert all(right for _, right in lines), lines
+
+
+def test_check_runs_every_launch_row_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(sizes: dict[str, int]) -> SimpleNamespace:
+        return SimpleNamespace(row=SimpleNamespace(sizes=sizes))
+
+    small, large = {"B": 3, "N": 50, "H": 2, "D": 64}, {"B": 2, "N": 257, "H": 2, "D": 80}
+    tables = {90: [launch(small), launch(large), launch(small)], 80: []}
+    module = "maect_fast.kernels.masked_attention.triton_kernel"
+    kernel = SimpleNamespace(machine_code=lambda arch: iter(tables[arch]))
+    monkeypatch.setitem(sys.modules, module, cast("ModuleType", kernel))
+    monkeypatch.setattr("maect_fast.benchmarks.check.registered", lambda: [module])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda")
+    assert launch_sizes("masked_attention", cuda) == [small, large]
+    assert launch_sizes("info_nce", cuda) == []
+    assert launch_sizes("masked_attention", CPU) == []
 
 
 def test_check_says_what_is_wrong_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
