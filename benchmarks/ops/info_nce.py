@@ -266,6 +266,8 @@ def cut_cross_entropy(x: Inputs, mode: str) -> Call:
     module = import_peer("cut_cross_entropy")
     is_half = x.predicted.dtype in (torch.float16, torch.bfloat16)
     implementation = "cce_exact" if x.predicted.is_cuda and is_half else "torch_compile"
+    if implementation == "torch_compile" and mode == "bwd":
+        raise UnavailableError("its compiled backward runs only once per forward")
 
     def one_way(tokens: Tensor, vocabulary: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = module.linear_cross_entropy(tokens, vocabulary, target, impl=implementation)
