@@ -86,7 +86,7 @@ Place = tuple[str, str]
 
 
 def draw(folder: Path, out: Path) -> list[Path]:
-    """Write <op>_bars.png, <op>_scaling.png and roofline.png of a device's folder into `out`.
+    """Write <op>_<dtype>_bars.png, <op>_scaling.png and roofline.png of a device's folder to `out`.
 
     A picture for which there are no rows is not drawn.
 
@@ -99,7 +99,10 @@ def draw(folder: Path, out: Path) -> list[Path]:
     figures = {}
     for op in dict.fromkeys(case[0].op for case in cases):
         members = [case for case in cases if case[0].op == op]
-        figures[f"{op}_bars"] = _bars(members)
+        # With two dtypes in it a picture of bars would be too tall to read.
+        for dtype in dict.fromkeys(case[0].dtype for case in members):
+            same = [case for case in members if case[0].dtype == dtype]
+            figures[f"{op}_{dtype}_bars"] = _bars(same)
         if curves := _curves(members):
             figures[f"{op}_scaling"] = _scaling(curves)
     rates = [row for row in rows if row.op == FLOORS]

@@ -28,7 +28,7 @@ def test_bench_writes_rows_and_pictures(
         for provider in ("maect-fast", "eager", "faiss-gpu")
     ]
     names = {path.name for path in folder.iterdir()}
-    assert {"floors.csv", "queue_topk.csv", "queue_topk_bars.png", "roofline.png"} <= names
+    assert {"floors.csv", "queue_topk.csv", "queue_topk_fp32_bars.png", "roofline.png"} <= names
     assert "| `queue_topk` | fp32" in capsys.readouterr().out
     assert cli.main(["table", str(folder)]) == 0
     assert "### queue_topk, fp32" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def test_pictures_are_files_that_show_something(tmp_path: Path) -> None:
     folder = tmp_path / "device"
     append_rows(folder / "info_nce.csv", [*loss_rows(("fwd",))])
     append_rows(folder / "floors.csv", [*floor_rows()])
-    names = ["info_nce_bars.png", "info_nce_scaling.png", "roofline.png"]
+    names = ["info_nce_bf16_bars.png", "info_nce_scaling.png", "roofline.png"]
     out = tmp_path / "pictures"
     assert draw(folder, out) == [out / name for name in names]
     for name in names:
@@ -109,7 +109,7 @@ def test_what_there_is_no_data_for_is_not_drawn(tmp_path: Path) -> None:
     row = next(loss_rows())
     append_rows(tmp_path / "info_nce.csv", [row])
     append_rows(tmp_path / "queue_topk.csv", [Row(op="queue_topk", provider="a", reason="no")])
-    assert [path.name for path in draw(tmp_path, tmp_path)] == ["info_nce_bars.png"]
+    assert [path.name for path in draw(tmp_path, tmp_path)] == ["info_nce_bf16_bars.png"]
 
 
 def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
 
 
 def test_bars_show_every_shape_mode_and_provider_losses_included(drawn: dict[str, Figure]) -> None:
-    figure = drawn["info_nce_bars"]
+    figure = drawn["info_nce_bf16_bars"]
     shapes = [f"bf16, B512 N{N} D256, {mode}" for N in (512, 1024, 2048) for mode in ("fwd", "bwd")]
     assert [*panels(figure)] == shapes
     first = panels(figure)[shapes[0]]
@@ -138,7 +138,7 @@ def test_ours_is_shown_even_if_it_never_passed(drawn: dict[str, Figure], tmp_pat
     failed = [replace(row, provider="maect-fast", p50_ms=None, reason="wrong") for row in rows]
     append_rows(folder / "info_nce.csv", rows + failed)
     draw(folder, tmp_path)
-    for ax in panels(drawn["info_nce_bars"]).values():
+    for ax in panels(drawn["info_nce_bf16_bars"]).values():
         assert len(ax.get_yticks()) == 2
         assert "wrong" in texts(ax)
     names = [text.get_text() for text in drawn["info_nce_scaling"].legends[0].get_texts()]
@@ -147,7 +147,7 @@ def test_ours_is_shown_even_if_it_never_passed(drawn: dict[str, Figure], tmp_pat
 
 
 def test_names_of_bars_stand_once_per_line_of_panels(drawn: dict[str, Figure]) -> None:
-    axes = panels(drawn["info_nce_bars"]).values()
+    axes = panels(drawn["info_nce_bf16_bars"]).values()
     named = [ax for ax in axes if any(label.get_text() for label in ax.get_yticklabels())]
     lines = {ax.get_position().y0 for ax in axes}
     assert len(lines) == len(named) < len(axes)
