@@ -80,7 +80,7 @@ class Op(Generic[Inputs]):
     num_flops: Callable[[Sizes, str], int]
     """(sizes, mode) -> multiplications and additions of the matrix products."""
     providers: dict[str, Provider[Inputs]] = field(default_factory=dict)
-    """By name, in order of registration; "eager" is the baseline of the gate."""
+    """By name, in order of registration."""
 
     def provider(
         self, name: str, *, capturable: bool = True

@@ -96,6 +96,8 @@ def _ptxas() -> str:
         path, release = ptxas_in_use(10 * major + minor)
     except ImportError:
         return "missing: comes with triton"
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
     found = f"{release[0]}.{release[1]} at {path}"
     if major == 9 and drops_work(release):
         return (
