@@ -1,6 +1,8 @@
 // The instruction sets that this process may use: the CPU has them and the operating system saves
 // their registers. SIMD code is chosen by these names at run time.
 
+#include "cpu_features.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -70,6 +72,18 @@ std::string cpu_features() { return ""; }
 #endif
 
 }  // namespace
+
+namespace maect_fast {
+
+bool cpu_has(const std::initializer_list<const char*> features) {
+  static const std::string known = " " + cpu_features() + " ";
+  for (const char* feature : features) {
+    if (known.find(" " + std::string(feature) + " ") == std::string::npos) return false;
+  }
+  return true;
+}
+
+}  // namespace maect_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(maect_fast, m) { m.def("cpu_features() -> str"); }
 

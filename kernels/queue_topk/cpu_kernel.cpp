@@ -1,0 +1,468 @@
+// Exact top-k search on the CPU.
+//
+// Scores are computed in a cheap type (bf16, int8 or fp32) whose error is bounded by the norms of
+// the rounding residuals: |s - approximate s| <= margin, by Cauchy-Schwarz. Every slot within twice
+// the margin of the k-th best approximate score stays a candidate; the candidates' exact scores
+// decide. So the type of the scores, the instruction set and the number of threads change the time
+// and never a bit of the result.
+//
+// Panels of queue rows are rounded once and meet all queries, whose blocks are stored lane by lane.
+// Scores exist as one strip of a panel and a block at a time; a compare with the query's threshold
+// drops nearly all, the others enter the query's reservoir, which raises the threshold whenever it
+// is full.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../_common/cpu_features.h"
+#include "../_common/rows.h"
+#include "cpu_simd.h"
+
+namespace maect_fast::queue_topk {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Sort keys below every score: unordered scores (NaN, -inf), and last the query's own slots.
+constexpr float kUnordered = std::numeric_limits<float>::lowest();
+constexpr float kOwn = -kInfinity;
+// Queries that are searched together: bounds the memory for reservoirs.
+constexpr int64_t kQueries = 1024;
+// A thread's part of the queue; shorter parts would spend their time on filling reservoirs.
+constexpr int64_t kMinPart = 8192;
+constexpr int64_t kMinGroup = 256;
+
+struct Candidate {
+  float score;
+  int32_t slot;
+};
+
+// The contract's order: score descending, slot ascending.
+bool precedes(const Candidate& a, const Candidate& b) {
+  return a.score != b.score ? a.score > b.score : a.slot < b.slot;
+}
+
+struct Named {
+  const char* name;
+  const Simd* simd;
+};
+
+// Those that this CPU can run, the fastest for any data first; int8 has to be asked for.
+std::vector<Named> runnable() {
+  std::vector<Named> found;
+#if defined(__x86_64__)
+  const bool has_avx512 = cpu_has({"avx512f", "avx512bw", "avx512vl", "avx2", "fma"});
+  if (has_avx512 && cpu_has({"avx512_bf16"})) found.push_back({"avx512_bf16", &avx512_bf16});
+  if (has_avx512) found.push_back({"avx512", &avx512});
+  if (cpu_has({"avx2", "fma"})) found.push_back({"avx2", &avx2});
+#endif
+  found.push_back({"portable", &portable});
+#if defined(__x86_64__)
+  if (has_avx512 && cpu_has({"avx512_vnni"})) found.push_back({"avx512_vnni", &avx512_vnni});
+#endif
+  return found;
+}
+
+std::string names() {
+  std::string all;
+  for (const Named& one : runnable()) all += (all.empty() ? "" : " ") + std::string(one.name);
+  return all;
+}
+
+const Simd& choose(const std::string& name) {
+  const std::vector<Named> found = runnable();
+  for (const Named& one : found) {
+    if (name.empty() || name == one.name) return *one.simd;
+  }
+  STD_TORCH_CHECK(false, "simd: expected one of ", names(), ", got ", name);
+}
+
+const int64_t* int64_data(const std::optional<Tensor>& tensor) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->is_contiguous(), "expected contiguous ids, labels and ranks");
+  return tensor->const_data_ptr<int64_t>();
+}
+
+// A group of queries, normalised, and rounded in blocks of lanes.
+struct Queries {
+  int64_t first, count, num_blocks;
+  std::vector<float> unit;       // [count, D]
+  std::vector<Word> words;       // [num_blocks, num_words, lanes]
+  std::vector<float> scale;      // [num_blocks * lanes], as for the next two
+  std::vector<float> residual;   // |u - hat(u)|
+  std::vector<char> is_ordered;  // [count], as for the next: no NaN in the query
+  std::vector<int64_t> id;       // -1 = none
+
+  const float* row(const int64_t i, const int64_t dim) const { return unit.data() + i * dim; }
+};
+
+// What rows of the queue may be apart from their rounded copies, the largest so far.
+struct Extent {
+  float norm = 0, residual = 0;
+
+  // Returns whether it grew.
+  bool include(const Extent& other) {
+    const bool grows = other.norm > norm || other.residual > residual;
+    norm = std::max(norm, other.norm);
+    residual = std::max(residual, other.residual);
+    return grows;
+  }
+};
+
+// What one task found for one query.
+struct Reservoir {
+  float kth = -kInfinity;  // the k-th best score at the last compaction
+  int64_t count = 0;
+};
+
+class Search {
+ public:
+  Search(const Simd& simd, const Rows& query, const Rows& queue, const int64_t k,
+         const int64_t* query_id, const int64_t num_ids, const int64_t* queue_id)
+      : simd_(simd),
+        query_(query),
+        queue_(queue),
+        k_(k),
+        capacity_(std::max<int64_t>(getenv("CAP")?atoi(getenv("CAP")):128, 4 * k)),
+        dim_(queue.dim()),
+        num_words_((dim_ + simd.items - 1) / simd.items),
+        query_id_(query_id),
+        num_ids_(num_ids),
+        queue_id_(queue_id) {}
+
+  // values and indices [B, K].
+  void run(float* values, int64_t* indices) {
+    const int64_t num_threads = torch::stable::get_num_threads();
+    for (int64_t first = 0; first < query_.count(); first += kQueries) {
+      pack(first, std::min(kQueries, query_.count() - first));
+      const int64_t num_panels = (queue_.count() + kPanelRows - 1) / kPanelRows;
+      const int64_t num_groups = std::clamp<int64_t>(queries_.count / kMinGroup, 1, num_threads);
+      num_parts_ = std::clamp<int64_t>(queue_.count() / kMinPart, 1, (num_threads + num_groups - 1) / num_groups);
+      const int64_t num_tasks = num_parts_ * num_groups;
+      reservoirs_.assign(num_parts_ * queries_.count, {});
+      candidates_.resize(num_parts_ * queries_.count * capacity_);
+      extents_.assign(num_tasks, {});
+      irregular_.assign(num_tasks, {});
+      torch::stable::parallel_for(0, num_tasks, 1, [&](const int64_t begin, const int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t part = task / num_groups, group = task % num_groups;
+          scan(task, part, num_panels * part / num_parts_, num_panels * (part + 1) / num_parts_,
+               queries_.num_blocks * group / num_groups,
+               queries_.num_blocks * (group + 1) / num_groups);
+        }
+      });
+      Extent extent;
+      for (const Extent& other : extents_) extent.include(other);
+      std::vector<int32_t> irregular;
+      // The tasks of a part saw the same rows: those of its first group tell.
+      for (int64_t task = 0; task < num_tasks; task += num_groups) {
+        irregular.insert(irregular.end(), irregular_[task].begin(), irregular_[task].end());
+      }
+      torch::stable::parallel_for(0, queries_.count, 8, [&](const int64_t begin, const int64_t end) {
+        std::vector<float> buffer(dim_);
+        std::vector<Candidate> best;
+        for (int64_t i = begin; i < end; ++i) {
+          collect(i, extent, irregular, buffer.data(), best);
+          write(i, best, values + (first + i) * k_, indices + (first + i) * k_);
+        }
+      });
+    }
+  }
+
+ private:
+  void pack(const int64_t first, const int64_t count) {
+    const int64_t lanes = simd_.lanes, num_blocks = (count + lanes - 1) / lanes;
+    queries_.first = first;
+    queries_.count = count;
+    queries_.num_blocks = num_blocks;
+    queries_.unit.resize(count * dim_);
+    queries_.words.assign(num_blocks * num_words_ * lanes, 0);
+    queries_.scale.assign(num_blocks * lanes, 1);
+    queries_.residual.assign(num_blocks * lanes, 0);
+    queries_.is_ordered.assign(count, 1);
+    queries_.id.assign(count, -1);
+    if (query_id_ != nullptr) {
+      for (int64_t i = 0; i < count; ++i) queries_.id[i] = query_id_[(first + i) % num_ids_];
+    }
+    torch::stable::parallel_for(0, num_blocks, 1, [&](const int64_t begin, const int64_t end) {
+      std::vector<float> buffer(dim_);
+      std::vector<Word> words(num_words_);
+      for (int64_t i = begin * lanes; i < std::min(end * lanes, count); ++i) {
+        float* unit = queries_.unit.data() + i * dim_;
+        queries_.is_ordered[i] = normalise(query_.get(first + i, buffer.data()), unit);
+        if (!queries_.is_ordered[i]) continue;
+        const Rounded rounded = simd_.round_row(unit, dim_, words.data(), num_words_);
+        queries_.scale[i] = rounded.scale;
+        queries_.residual[i] = std::sqrt(rounded.residual2);
+        Word* to = queries_.words.data() + i / lanes * num_words_ * lanes + i % lanes;
+        for (int64_t w = 0; w < num_words_; ++w) to[w * lanes] = words[w] ^ simd_.query_flip;
+      }
+    });
+  }
+
+  // Returns whether the unit row is finite.
+  bool normalise(const float* row, float* unit) const {
+    const float norm = static_cast<float>(std::sqrt(simd_.dot(row, row, dim_)));
+    const float divisor = norm < 1e-12f ? 1e-12f : norm;
+    bool is_finite = std::isfinite(norm);
+    for (int64_t d = 0; d < dim_; ++d) unit[d] = row[d] / divisor;
+    return is_finite;
+  }
+
+  // How far a query's approximate score may be from its exact one, in units of the query's scale.
+  // The last term covers roundings to fp32: of the sums, of the scales and of the exact score.
+  float margin(const int64_t i, const Extent& extent) const {
+    const float roundings = (2 * static_cast<float>(dim_) + 16) * 0x1p-24f;
+    const float norm = extent.norm + extent.residual;
+    // A unit vector and its rounded copy have norms below 1.01 and 1.03.
+    const float sum = 1.01f * queries_.residual[i] * norm + 1.01f * extent.residual +
+                      1.03f * roundings * norm + 1e-30f;
+    return sum / queries_.scale[i];
+  }
+
+  Reservoir& reservoir(const int64_t part, const int64_t i) {
+    return reservoirs_[part * queries_.count + i];
+  }
+  Candidate* candidates(const int64_t part, const int64_t i) {
+    return candidates_.data() + (part * queries_.count + i) * capacity_;
+  }
+  bool is_own(const int64_t i, const int64_t slot) const {
+    return queries_.id[i] != -1 && queue_id_[slot] == queries_.id[i];
+  }
+
+  // The scores of a range of panels and of query blocks.
+  void scan(const int64_t task, const int64_t part, const int64_t first_panel,
+            const int64_t last_panel, const int64_t first_block, const int64_t last_block) {
+    const int lanes = simd_.lanes, lane_bits = __builtin_ctz(lanes);
+    std::vector<float> buffer(dim_), strip(kPanelRows * lanes), scale(kPanelRows);
+    std::vector<int32_t> start(kPanelRows);
+    std::vector<Word> rows(kPanelRows * num_words_);
+    std::vector<float> threshold(queries_.num_blocks * lanes, kInfinity);
+    for (int64_t i = first_block * lanes; i < std::min(last_block * lanes, queries_.count); ++i) {
+      if (queries_.is_ordered[i]) threshold[i] = -kInfinity;
+    }
+    const auto hits = std::make_unique<Hits>();
+    Extent& extent = extents_[task];
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t first = panel * kPanelRows;
+      const int num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, queue_.count() - first));
+      std::fill(rows.begin() + num_rows * num_words_, rows.end(), 0);
+      Extent here;
+      for (int row = 0; row < num_rows; ++row) {
+        Word* words = rows.data() + row * num_words_;
+        const Rounded rounded = simd_.round_row(queue_.get(first + row, buffer.data()), dim_, words,
+                                                num_words_);
+        scale[row] = rounded.scale;
+        start[row] = rounded.start;
+        if (std::isfinite(rounded.norm2)) {
+          here.include({std::sqrt(rounded.norm2), std::sqrt(rounded.residual2)});
+        } else {
+          // Scored exactly for every query; here it is a row of zeros.
+          irregular_[task].push_back(static_cast<int32_t>(first + row));
+          std::fill(words, words + num_words_, 0);
+          scale[row] = 1;
+          start[row] = 0;
+        }
+      }
+      if (extent.include(here)) {
+        for (int64_t i = first_block * lanes; i < std::min(last_block * lanes, queries_.count); ++i) {
+          if (queries_.is_ordered[i]) {
+            threshold[i] = reservoir(part, i).kth - 2 * margin(i, extent);
+          }
+        }
+      }
+      for (int64_t block = first_block; block < last_block; ++block) {
+        simd_.score(rows.data(), scale.data(), start.data(), num_rows,
+                    queries_.words.data() + block * num_words_ * lanes, num_words_, strip.data());
+        float* least = threshold.data() + block * lanes;
+        const int count = simd_.filter(strip.data(), num_rows, least, hits.get());
+        for (int hit = 0; hit < count; ++hit) {
+          const int lane = hits->place[hit] & (lanes - 1);
+          const int64_t slot = first + (hits->place[hit] >> lane_bits), i = block * lanes + lane;
+          // The threshold may have risen since.
+          if (hits->score[hit] < least[lane] || is_own(i, slot)) continue;
+          append(part, i, {hits->score[hit], static_cast<int32_t>(slot)}, extent, &least[lane]);
+        }
+      }
+    }
+  }
+
+  void append(const int64_t part, const int64_t i, const Candidate& candidate,
+              const Extent& extent, float* threshold) {
+    Reservoir& into = reservoir(part, i);
+    Candidate* all = candidates(part, i);
+    all[into.count++] = candidate;
+    if (into.count < capacity_) return;
+    into.kth = kth_best(all, into.count);
+    *threshold = into.kth - 2 * margin(i, extent);
+    into.count = keep(all, into.count, *threshold);
+    if (into.count <= capacity_ / 2) return;
+    // A crowd within the margin (near-duplicates): only the exact scores tell them apart.
+    std::vector<float> buffer(dim_);
+    for (int64_t c = 0; c < into.count; ++c) {
+      all[c].score = exact(i, all[c].slot, buffer.data()) / queries_.scale[i];
+    }
+    std::nth_element(all, all + k_ - 1, all + into.count, precedes);
+    into.count = k_;
+    into.kth = all[k_ - 1].score;
+    *threshold = into.kth - 2 * margin(i, extent);
+  }
+
+  // Reorders.
+  float kth_best(Candidate* all, const int64_t count) const {
+    std::nth_element(all, all + k_ - 1, all + count,
+                     [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+    return all[k_ - 1].score;
+  }
+
+  static int64_t keep(Candidate* all, const int64_t count, const float threshold) {
+    return std::remove_if(all, all + count,
+                          [&](const Candidate& one) { return one.score < threshold; }) -
+           all;
+  }
+
+  float exact(const int64_t i, const int64_t slot, float* buffer) const {
+    return static_cast<float>(
+        simd_.dot(queries_.row(i, dim_), queue_.get(slot, buffer), dim_));
+  }
+
+  void make_exact(const int64_t i, Candidate* all, const int64_t count, float* buffer) const {
+    // Rows come from memory: two of the queue's length are under way while one is multiplied.
+    constexpr int64_t kAhead = 4;
+    for (int64_t c = 0; c < std::min(kAhead, count); ++c) queue_.prefetch(all[c].slot);
+    for (int64_t c = 0; c < count; ++c) {
+      if (c + kAhead < count) queue_.prefetch(all[c + kAhead].slot);
+      all[c].score = exact(i, all[c].slot, buffer);
+    }
+  }
+
+  // The best k of what all parts found, by exact score, in order; fewer if own slots are left.
+  void collect(const int64_t i, const Extent& extent, const std::vector<int32_t>& irregular,
+               float* buffer, std::vector<Candidate>& best) {
+    best.clear();
+    if (!queries_.is_ordered[i]) return;
+    for (int64_t part = 0; part < num_parts_; ++part) {
+      const Candidate* all = candidates(part, i);
+      best.insert(best.end(), all, all + reservoir(part, i).count);
+    }
+    const int64_t count = static_cast<int64_t>(best.size());
+    if (count > k_) {
+      kth_best(best.data(), count);
+      make_exact(i, best.data(), k_, buffer);
+      float kth = kInfinity;
+      for (int64_t c = 0; c < k_; ++c) kth = std::min(kth, best[c].score);
+      const int64_t kept = keep(best.data() + k_, count - k_, kth / queries_.scale[i] - margin(i, extent));
+      make_exact(i, best.data() + k_, kept, buffer);
+      best.resize(k_ + kept);
+    } else {
+      make_exact(i, best.data(), count, buffer);
+    }
+    for (const int32_t slot : irregular) {
+      if (is_own(i, slot)) continue;
+      const float score = exact(i, slot, buffer);
+      best.push_back({score > kUnordered ? score : kUnordered, slot});
+    }
+    const auto end = best.begin() + std::min<int64_t>(k_, best.size());
+    std::partial_sort(best.begin(), end, best.end(), precedes);
+    best.erase(end, best.end());
+  }
+
+  // Fills up to k: all slots of an unordered query, own slots where the others do not suffice.
+  void write(const int64_t i, const std::vector<Candidate>& best, float* values, int64_t* indices) {
+    int64_t count = 0;
+    const auto put = [&](const float score, const int64_t slot) {
+      values[count] = score;
+      indices[count++] = slot;
+    };
+    for (const Candidate& one : best) {
+      put(one.score == kUnordered ? -kInfinity : one.score, one.slot);
+    }
+    const bool is_ordered = queries_.is_ordered[i];
+    for (int64_t slot = 0; !is_ordered && count < k_ && slot < queue_.count(); ++slot) {
+      if (!is_own(i, slot)) put(-kInfinity, slot);
+    }
+    for (int64_t slot = 0; count < k_; ++slot) {
+      if (is_own(i, slot)) put(-1, slot);
+    }
+  }
+
+  const Simd& simd_;
+  const Rows &query_, &queue_;
+  const int64_t k_, capacity_, dim_, num_words_;
+  const int64_t* query_id_;
+  const int64_t num_ids_;
+  const int64_t* queue_id_;
+  Queries queries_;
+  int64_t num_parts_ = 1;
+  std::vector<Reservoir> reservoirs_;   // [parts, queries]
+  std::vector<Candidate> candidates_;   // [parts, queries, capacity]
+  std::vector<Extent> extents_;         // [tasks]
+  std::vector<std::vector<int32_t>> irregular_;  // [tasks]: slots whose rows are not finite
+};
+
+// query [B, D]; rows i and i + n of its views share query_id and query_label [n]. The last three
+// outputs are empty unless asked for.
+void queue_topk(const Tensor query, const Tensor queue, const int64_t k,
+                const std::optional<Tensor> query_id, const std::optional<Tensor> queue_id,
+                const std::optional<Tensor> query_label, const std::optional<Tensor> queue_label,
+                const std::optional<Tensor> rank, const std::string simd, Tensor values,
+                Tensor indices, Tensor picked_index, Tensor picked_neighbour, Tensor label_hit) {
+  const Rows queries(query), rows(queue);
+  STD_TORCH_CHECK(rows.count() <= std::numeric_limits<int32_t>::max(), "queue: too many rows");
+  const int64_t num_queries = queries.count();
+  int64_t* index = indices.mutable_data_ptr<int64_t>();
+  Search(choose(simd), queries, rows, k, int64_data(query_id), query_id ? query_id->size(0) : 1,
+         int64_data(queue_id))
+      .run(values.mutable_data_ptr<float>(), index);
+  if (!rank) return;
+  const int64_t* ranks = int64_data(rank);
+  const int64_t* query_labels = int64_data(query_label);
+  const int64_t* queue_labels = int64_data(queue_label);
+  int64_t* picked = picked_index.mutable_data_ptr<int64_t>();
+  bool* hit = query_labels == nullptr ? nullptr : label_hit.mutable_data_ptr<bool>();
+  // The queue's dtype, whatever it is.
+  const int64_t item = queue.element_size(), dim = rows.dim();
+  const char* from = static_cast<const char*>(queue.const_data_ptr());
+  char* to = static_cast<char*>(picked_neighbour.mutable_data_ptr());
+  for (int64_t i = 0; i < num_queries; ++i) {
+    const int64_t slot = index[i * k + ranks[i]];
+    picked[i] = slot;
+    for (int64_t d = 0; d < dim; ++d) {
+      std::memcpy(to + (i * dim + d) * item,
+                  from + (slot * queue.stride(0) + d * queue.stride(1)) * item, item);
+    }
+    if (hit == nullptr) continue;
+    const int64_t label = query_labels[i % query_label->size(0)];
+    hit[i] = label >= 0 && queue_labels[slot] == label;
+  }
+}
+
+}  // namespace
+}  // namespace maect_fast::queue_topk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(maect_fast, m) {
+  m.def("queue_topk_simd() -> str");
+  m.def(
+      "queue_topk_cpp(Tensor query, Tensor queue, int k, Tensor? query_id, Tensor? queue_id, "
+      "Tensor? query_label, Tensor? queue_label, Tensor? rank, str simd, Tensor(a!) values, "
+      "Tensor(b!) indices, Tensor(c!) picked_index, Tensor(d!) picked_neighbour, "
+      "Tensor(e!) label_hit) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(maect_fast, CompositeExplicitAutograd, m) {
+  m.impl("queue_topk_simd", TORCH_BOX(&maect_fast::queue_topk::names));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(maect_fast, CPU, m) {
+  m.impl("queue_topk_cpp", TORCH_BOX(&maect_fast::queue_topk::queue_topk));
+}

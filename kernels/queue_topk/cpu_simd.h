@@ -1,0 +1,57 @@
+// The inner loops of the search, one set per instruction set (cpu_simd.cpp), and their choice.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace maect_fast::queue_topk {
+
+using Word = uint32_t;  // one fp32, two bf16 or four int8 features
+
+// Queue rows that are scored together: a multiple of every tile height; 96 KiB in bf16 (L2).
+constexpr int kPanelRows = 192;
+// Query blocks are at most this wide.
+constexpr int kMaxLanes = 32;
+
+// A row rounded to the type of the scores, with hat for rounded: c = hat(c) + residual.
+struct Rounded {
+  float norm2;      // |c|^2
+  float residual2;  // |c - hat(c)|^2
+  float scale;      // hat(c) = scale * integers; 1 for floats
+  int32_t start;    // -128 * sum of the integers, as queries are stored with 128 added; 0 for floats
+};
+
+// Scores above a threshold; `place` is row * lanes + lane within a panel and a query block.
+struct Hits {
+  // Whole vectors are written at the end.
+  static constexpr int kCapacity = kPanelRows * kMaxLanes + 16;
+  float score[kCapacity];
+  int32_t place[kCapacity];
+};
+
+struct Simd {
+  // Queries of a block: kLanes of the instruction set.
+  int lanes;
+  // Features in a word.
+  int items;
+  // Rounds row [dim] into words, padded with zeros.
+  Rounded (*round_row)(const float* row, int64_t dim, Word* words, int64_t num_words);
+  // How a query's rounded word is stored (integers are made unsigned).
+  Word query_flip;
+  // strip[row * lanes + lane] = <row, query> / (query's scale), for a panel of rows [kPanelRows]
+  // [num_words], of which num_rows matter, and a block of queries [num_words][lanes].
+  void (*score)(const Word* rows, const float* scale, const int32_t* start, int num_rows,
+                const Word* queries, int64_t num_words, float* strip);
+  // Lists the scores of the strip that reach their lane's threshold, by row; returns their number.
+  int (*filter)(const float* strip, int num_rows, const float* threshold, Hits* hits);
+  // Exact products, summed in double in an order that no instruction set changes.
+  double (*dot)(const float* a, const float* b, int64_t dim);
+};
+
+extern const Simd portable;
+#if defined(__x86_64__)
+extern const Simd avx2, avx512, avx512_bf16, avx512_vnni;
+#endif
+
+}  // namespace maect_fast::queue_topk
