@@ -20,9 +20,9 @@ class Rows {
         row_stride_(matrix.stride(0)),
         stride_(matrix.stride(1)) {
     using torch::headeronly::ScalarType;
-    STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 ||
-                        dtype_ == ScalarType::Half,
-                    "expected rows in float32, bfloat16 or float16");
+    STD_TORCH_CHECK(
+        dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half,
+        "expected rows in float32, bfloat16 or float16");
   }
 
   int64_t count() const { return count_; }
@@ -46,9 +46,10 @@ class Rows {
   void prefetch(const int64_t row) const {
     constexpr int64_t kCacheLine = 64;
     if (dtype_ != torch::headeronly::ScalarType::Float || stride_ != 1) return;
-    const char* from = reinterpret_cast<const char*>(static_cast<const float*>(data_) + row * row_stride_);
+    const char* from =
+        reinterpret_cast<const char*>(static_cast<const float*>(data_) + row * row_stride_);
     const int64_t num_bytes = dim_ * static_cast<int64_t>(sizeof(float));
-    for (int64_t i = 0; i < num_bytes; i += kCacheLine) __builtin_prefetch(from + i);
+    for (int64_t i = 0; i < num_bytes; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
   }
 
  private:

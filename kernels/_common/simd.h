@@ -54,10 +54,11 @@ MAECT_INLINE Floats broadcast(const float x) { return x - Floats{}; }
 
 MAECT_INLINE Floats larger(const Floats a, const Floats b) { return a > b ? a : b; }
 
-MAECT_INLINE float sum(const Floats x) {
-  float total = 0;
-  for (int i = 0; i < kVector; ++i) total += x[i];
-  return total;
+MAECT_INLINE float sum(Floats x) {
+  for (int half = kVector / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
 }
 
 MAECT_INLINE float maximum(const Floats x) {

@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -38,7 +39,8 @@ constexpr float kUnordered = std::numeric_limits<float>::lowest();
 constexpr float kOwn = -kInfinity;
 // Queries that are searched together: bounds the memory for reservoirs.
 constexpr int64_t kQueries = 1024;
-// A thread's part of the queue; shorter parts would spend their time on filling reservoirs.
+// Threads share the queue in parts of at least so many rows, as every part fills its own
+// reservoirs, and the queries in groups of at least so many, as every group rounds the queue again.
 constexpr int64_t kMinPart = 8192;
 constexpr int64_t kMinGroup = 256;
 
@@ -119,7 +121,19 @@ struct Extent {
   }
 };
 
-// What one task found for one query.
+// Part of the queue against part of the queries.
+struct Task {
+  int64_t part, first_row, last_row, first_block, last_block;
+};
+
+// What a task learned about its rows.
+struct Found {
+  Extent extent;
+  // Slots whose rows are not finite: scored exactly for every query, zero in their panel.
+  std::vector<int32_t> irregular;
+};
+
+// The candidates of one query in one part of the queue.
 struct Reservoir {
   float kth = -kInfinity;  // the k-th best score at the last compaction
   int64_t count = 0;
@@ -133,7 +147,7 @@ class Search {
         query_(query),
         queue_(queue),
         k_(k),
-        capacity_(std::max<int64_t>(getenv("CAP")?atoi(getenv("CAP")):128, 4 * k)),
+        capacity_(simd.crowding * std::max<int64_t>(128, 4 * k)),
         dim_(queue.dim()),
         num_words_((dim_ + simd.items - 1) / simd.items),
         query_id_(query_id),
@@ -142,40 +156,32 @@ class Search {
 
   // values and indices [B, K].
   void run(float* values, int64_t* indices) {
-    const int64_t num_threads = torch::stable::get_num_threads();
     for (int64_t first = 0; first < query_.count(); first += kQueries) {
       pack(first, std::min(kQueries, query_.count() - first));
-      const int64_t num_panels = (queue_.count() + kPanelRows - 1) / kPanelRows;
-      const int64_t num_groups = std::clamp<int64_t>(queries_.count / kMinGroup, 1, num_threads);
-      num_parts_ = std::clamp<int64_t>(queue_.count() / kMinPart, 1, (num_threads + num_groups - 1) / num_groups);
-      const int64_t num_tasks = num_parts_ * num_groups;
-      reservoirs_.assign(num_parts_ * queries_.count, {});
-      candidates_.resize(num_parts_ * queries_.count * capacity_);
-      extents_.assign(num_tasks, {});
-      irregular_.assign(num_tasks, {});
-      torch::stable::parallel_for(0, num_tasks, 1, [&](const int64_t begin, const int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t part = task / num_groups, group = task % num_groups;
-          scan(task, part, num_panels * part / num_parts_, num_panels * (part + 1) / num_parts_,
-               queries_.num_blocks * group / num_groups,
-               queries_.num_blocks * (group + 1) / num_groups);
-        }
-      });
-      Extent extent;
-      for (const Extent& other : extents_) extent.include(other);
-      std::vector<int32_t> irregular;
-      // The tasks of a part saw the same rows: those of its first group tell.
-      for (int64_t task = 0; task < num_tasks; task += num_groups) {
-        irregular.insert(irregular.end(), irregular_[task].begin(), irregular_[task].end());
+      const std::vector<Task> tasks = split();
+      std::vector<Found> found(tasks.size());
+      torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1,
+                                  [&](const int64_t begin, const int64_t end) {
+                                    for (int64_t task = begin; task < end; ++task)
+                                      scan(tasks[task], found[task]);
+                                  });
+      Found all;
+      for (size_t task = 0; task < tasks.size(); ++task) {
+        all.extent.include(found[task].extent);
+        // The groups of queries saw the same rows.
+        if (tasks[task].first_block > 0) continue;
+        all.irregular.insert(all.irregular.end(), found[task].irregular.begin(),
+                             found[task].irregular.end());
       }
-      torch::stable::parallel_for(0, queries_.count, 8, [&](const int64_t begin, const int64_t end) {
-        std::vector<float> buffer(dim_);
-        std::vector<Candidate> best;
-        for (int64_t i = begin; i < end; ++i) {
-          collect(i, extent, irregular, buffer.data(), best);
-          write(i, best, values + (first + i) * k_, indices + (first + i) * k_);
-        }
-      });
+      torch::stable::parallel_for(
+          0, queries_.count, 8, [&](const int64_t begin, const int64_t end) {
+            std::vector<float> buffer(dim_);
+            std::vector<Candidate> best;
+            for (int64_t i = begin; i < end; ++i) {
+              collect(i, all, buffer.data(), best);
+              write(i, best, values + (first + i) * k_, indices + (first + i) * k_);
+            }
+          });
     }
   }
 
@@ -210,6 +216,28 @@ class Search {
     });
   }
 
+  // The work of all threads: parts of the queue, and groups of queries where these are many.
+  std::vector<Task> split() {
+    const int64_t num_threads = torch::stable::get_num_threads();
+    const int64_t num_groups = std::clamp<int64_t>(queries_.count / kMinGroup, 1, num_threads);
+    const int64_t num_panels = (queue_.count() + kPanelRows - 1) / kPanelRows;
+    num_parts_ = std::clamp<int64_t>(queue_.count() / kMinPart, 1,
+                                     (num_threads + num_groups - 1) / num_groups);
+    reservoirs_.assign(num_parts_ * queries_.count, {});
+    candidates_.resize(num_parts_ * queries_.count * capacity_);
+    std::vector<Task> tasks;
+    for (int64_t part = 0; part < num_parts_; ++part) {
+      const int64_t first = num_panels * part / num_parts_ * kPanelRows;
+      const int64_t last = num_panels * (part + 1) / num_parts_ * kPanelRows;
+      for (int64_t group = 0; group < num_groups; ++group) {
+        tasks.push_back({part, first, std::min(last, queue_.count()),
+                         queries_.num_blocks * group / num_groups,
+                         queries_.num_blocks * (group + 1) / num_groups});
+      }
+    }
+    return tasks;
+  }
+
   // Returns whether the unit row is finite.
   bool normalise(const float* row, float* unit) const {
     const float norm = static_cast<float>(std::sqrt(simd_.dot(row, row, dim_)));
@@ -241,64 +269,76 @@ class Search {
   }
 
   // The scores of a range of panels and of query blocks.
-  void scan(const int64_t task, const int64_t part, const int64_t first_panel,
-            const int64_t last_panel, const int64_t first_block, const int64_t last_block) {
+  void scan(const Task& task, Found& found) {
     const int lanes = simd_.lanes, lane_bits = __builtin_ctz(lanes);
-    std::vector<float> buffer(dim_), strip(kPanelRows * lanes), scale(kPanelRows);
-    std::vector<int32_t> start(kPanelRows);
-    std::vector<Word> rows(kPanelRows * num_words_);
-    std::vector<float> threshold(queries_.num_blocks * lanes, kInfinity);
-    for (int64_t i = first_block * lanes; i < std::min(last_block * lanes, queries_.count); ++i) {
-      if (queries_.is_ordered[i]) threshold[i] = -kInfinity;
-    }
+    const int64_t last_query = std::min(task.last_block * lanes, queries_.count);
+    std::vector<Word> words(kPanelRows * num_words_);
+    std::vector<float> buffer(dim_),
+        threshold((task.last_block - task.first_block) * lanes, kInfinity);
+    const auto set_thresholds = [&] {
+      for (int64_t i = task.first_block * lanes; i < last_query; ++i) {
+        if (!queries_.is_ordered[i]) continue;
+        threshold[i - task.first_block * lanes] =
+            reservoir(task.part, i).kth - 2 * margin(i, found.extent);
+      }
+    };
+    set_thresholds();
+    const auto panel = std::make_unique<Panel>();
     const auto hits = std::make_unique<Hits>();
-    Extent& extent = extents_[task];
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t first = panel * kPanelRows;
-      const int num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, queue_.count() - first));
-      std::fill(rows.begin() + num_rows * num_words_, rows.end(), 0);
-      Extent here;
-      for (int row = 0; row < num_rows; ++row) {
-        Word* words = rows.data() + row * num_words_;
-        const Rounded rounded = simd_.round_row(queue_.get(first + row, buffer.data()), dim_, words,
-                                                num_words_);
-        scale[row] = rounded.scale;
-        start[row] = rounded.start;
-        if (std::isfinite(rounded.norm2)) {
-          here.include({std::sqrt(rounded.norm2), std::sqrt(rounded.residual2)});
-        } else {
-          // Scored exactly for every query; here it is a row of zeros.
-          irregular_[task].push_back(static_cast<int32_t>(first + row));
-          std::fill(words, words + num_words_, 0);
-          scale[row] = 1;
-          start[row] = 0;
-        }
-      }
-      if (extent.include(here)) {
-        for (int64_t i = first_block * lanes; i < std::min(last_block * lanes, queries_.count); ++i) {
-          if (queries_.is_ordered[i]) {
-            threshold[i] = reservoir(part, i).kth - 2 * margin(i, extent);
-          }
-        }
-      }
-      for (int64_t block = first_block; block < last_block; ++block) {
-        simd_.score(rows.data(), scale.data(), start.data(), num_rows,
-                    queries_.words.data() + block * num_words_ * lanes, num_words_, strip.data());
-        float* least = threshold.data() + block * lanes;
-        const int count = simd_.filter(strip.data(), num_rows, least, hits.get());
-        for (int hit = 0; hit < count; ++hit) {
-          const int lane = hits->place[hit] & (lanes - 1);
-          const int64_t slot = first + (hits->place[hit] >> lane_bits), i = block * lanes + lane;
-          // The threshold may have risen since.
-          if (hits->score[hit] < least[lane] || is_own(i, slot)) continue;
-          append(part, i, {hits->score[hit], static_cast<int32_t>(slot)}, extent, &least[lane]);
+    panel->words = words.data();
+    for (int64_t first = task.first_row; first < task.last_row; first += kPanelRows) {
+      panel->num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, task.last_row - first));
+      if (round_panel(first, *panel, buffer.data(), found)) set_thresholds();
+      for (int64_t block = task.first_block; block < task.last_block; ++block) {
+        prefetch(first + kPanelRows, block - task.first_block, task);
+        float* least = threshold.data() + (block - task.first_block) * lanes;
+        simd_.score(*panel, num_words_, queries_.words.data() + block * num_words_ * lanes, least,
+                    hits.get());
+        for (int hit = 0; hit < hits->count; ++hit) {
+          const int row = hits->place[hit] >> lane_bits, lane = hits->place[hit] & (lanes - 1);
+          const int64_t slot = first + row, i = block * lanes + lane;
+          // The threshold may have risen since; the last tile may reach beyond the last row.
+          if (hits->score[hit] < least[lane] || row >= panel->num_rows || is_own(i, slot)) continue;
+          append(task.part, i, {hits->score[hit], static_cast<int32_t>(slot)}, found.extent,
+                 &least[lane]);
         }
       }
     }
   }
 
-  void append(const int64_t part, const int64_t i, const Candidate& candidate,
-              const Extent& extent, float* threshold) {
+  // Returns whether the extent of the rows grew.
+  bool round_panel(const int64_t first, Panel& panel, float* buffer, Found& found) const {
+    Extent extent;
+    for (int row = 0; row < kPanelRows; ++row) {
+      Word* words = panel.words + row * num_words_;
+      Rounded rounded = {0, 0, 1, 0};
+      if (row < panel.num_rows) {
+        rounded = simd_.round_row(queue_.get(first + row, buffer), dim_, words, num_words_);
+        if (std::isfinite(rounded.norm2)) {
+          extent.include({std::sqrt(rounded.norm2), std::sqrt(rounded.residual2)});
+        } else {
+          found.irregular.push_back(static_cast<int32_t>(first + row));
+          rounded = {0, 0, 1, 0};
+        }
+      }
+      if (rounded.norm2 == 0) std::fill(words, words + num_words_, 0);
+      panel.scale[row] = rounded.scale;
+      panel.start[row] = rounded.start;
+    }
+    return found.extent.include(extent);
+  }
+
+  // Starts to load one of as many shares of the next panel as the task has blocks.
+  void prefetch(const int64_t first, const int64_t share, const Task& task) const {
+    const int64_t num_shares = task.last_block - task.first_block;
+    const int64_t last = std::min(first + kPanelRows * (share + 1) / num_shares, task.last_row);
+    for (int64_t row = first + kPanelRows * share / num_shares; row < last; ++row) {
+      queue_.prefetch(row);
+    }
+  }
+
+  void append(const int64_t part, const int64_t i, const Candidate& candidate, const Extent& extent,
+              float* threshold) {
     Reservoir& into = reservoir(part, i);
     Candidate* all = candidates(part, i);
     all[into.count++] = candidate;
@@ -309,11 +349,10 @@ class Search {
     if (into.count <= capacity_ / 2) return;
     // A crowd within the margin (near-duplicates): only the exact scores tell them apart.
     std::vector<float> buffer(dim_);
-    for (int64_t c = 0; c < into.count; ++c) {
-      all[c].score = exact(i, all[c].slot, buffer.data()) / queries_.scale[i];
-    }
+    make_exact(i, all, into.count, buffer.data());
     std::nth_element(all, all + k_ - 1, all + into.count, precedes);
     into.count = k_;
+    for (int64_t c = 0; c < k_; ++c) all[c].score /= queries_.scale[i];
     into.kth = all[k_ - 1].score;
     *threshold = into.kth - 2 * margin(i, extent);
   }
@@ -332,8 +371,7 @@ class Search {
   }
 
   float exact(const int64_t i, const int64_t slot, float* buffer) const {
-    return static_cast<float>(
-        simd_.dot(queries_.row(i, dim_), queue_.get(slot, buffer), dim_));
+    return static_cast<float>(simd_.dot(queries_.row(i, dim_), queue_.get(slot, buffer), dim_));
   }
 
   void make_exact(const int64_t i, Candidate* all, const int64_t count, float* buffer) const {
@@ -347,8 +385,7 @@ class Search {
   }
 
   // The best k of what all parts found, by exact score, in order; fewer if own slots are left.
-  void collect(const int64_t i, const Extent& extent, const std::vector<int32_t>& irregular,
-               float* buffer, std::vector<Candidate>& best) {
+  void collect(const int64_t i, const Found& found, float* buffer, std::vector<Candidate>& best) {
     best.clear();
     if (!queries_.is_ordered[i]) return;
     for (int64_t part = 0; part < num_parts_; ++part) {
@@ -361,13 +398,14 @@ class Search {
       make_exact(i, best.data(), k_, buffer);
       float kth = kInfinity;
       for (int64_t c = 0; c < k_; ++c) kth = std::min(kth, best[c].score);
-      const int64_t kept = keep(best.data() + k_, count - k_, kth / queries_.scale[i] - margin(i, extent));
+      const int64_t kept =
+          keep(best.data() + k_, count - k_, kth / queries_.scale[i] - margin(i, found.extent));
       make_exact(i, best.data() + k_, kept, buffer);
       best.resize(k_ + kept);
     } else {
       make_exact(i, best.data(), count, buffer);
     }
-    for (const int32_t slot : irregular) {
+    for (const int32_t slot : found.irregular) {
       if (is_own(i, slot)) continue;
       const float score = exact(i, slot, buffer);
       best.push_back({score > kUnordered ? score : kUnordered, slot});
@@ -404,10 +442,8 @@ class Search {
   const int64_t* queue_id_;
   Queries queries_;
   int64_t num_parts_ = 1;
-  std::vector<Reservoir> reservoirs_;   // [parts, queries]
-  std::vector<Candidate> candidates_;   // [parts, queries, capacity]
-  std::vector<Extent> extents_;         // [tasks]
-  std::vector<std::vector<int32_t>> irregular_;  // [tasks]: slots whose rows are not finite
+  std::vector<Reservoir> reservoirs_;  // [parts, queries]
+  std::vector<Candidate> candidates_;  // [parts, queries, capacity]
 };
 
 // query [B, D]; rows i and i + n of its views share query_id and query_label [n]. The last three

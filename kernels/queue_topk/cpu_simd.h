@@ -19,13 +19,22 @@ struct Rounded {
   float norm2;      // |c|^2
   float residual2;  // |c - hat(c)|^2
   float scale;      // hat(c) = scale * integers; 1 for floats
-  int32_t start;    // -128 * sum of the integers, as queries are stored with 128 added; 0 for floats
+  int32_t start;  // -128 * sum of the integers, as queries are stored with 128 added; 0 for floats
 };
 
-// Scores above a threshold; `place` is row * lanes + lane within a panel and a query block.
+// Rows of the queue, rounded; the last panel ends with rows of zeros.
+struct Panel {
+  int num_rows;  // scored in whole tiles
+  Word* words;   // [kPanelRows, num_words]
+  float scale[kPanelRows];
+  int32_t start[kPanelRows];
+};
+
+// Scores that reach a threshold; `place` is row * lanes + lane within a panel and a query block.
 struct Hits {
   // Whole vectors are written at the end.
   static constexpr int kCapacity = kPanelRows * kMaxLanes + 16;
+  int count;
   float score[kCapacity];
   int32_t place[kCapacity];
 };
@@ -35,16 +44,16 @@ struct Simd {
   int lanes;
   // Features in a word.
   int items;
+  // Reservoirs are so many times larger, as the margin of coarse scores keeps more candidates.
+  int crowding;
   // Rounds row [dim] into words, padded with zeros.
   Rounded (*round_row)(const float* row, int64_t dim, Word* words, int64_t num_words);
   // How a query's rounded word is stored (integers are made unsigned).
   Word query_flip;
-  // strip[row * lanes + lane] = <row, query> / (query's scale), for a panel of rows [kPanelRows]
-  // [num_words], of which num_rows matter, and a block of queries [num_words][lanes].
-  void (*score)(const Word* rows, const float* scale, const int32_t* start, int num_rows,
-                const Word* queries, int64_t num_words, float* strip);
-  // Lists the scores of the strip that reach their lane's threshold, by row; returns their number.
-  int (*filter)(const float* strip, int num_rows, const float* threshold, Hits* hits);
+  // Lists the scores <row, query> / (query's scale) of a panel and a block of queries [num_words]
+  // [lanes] that reach the query's threshold [lanes], row by row.
+  void (*score)(const Panel& panel, int64_t num_words, const Word* queries, const float* threshold,
+                Hits* hits);
   // Exact products, summed in double in an order that no instruction set changes.
   double (*dot)(const float* a, const float* b, int64_t dim);
 };
