@@ -4,9 +4,11 @@ import functools
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-__all__ = ["cpu_features", "load", "status"]
+__all__ = ["cpu_features", "load", "obstacle", "status"]
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
 
 
@@ -20,6 +22,16 @@ def load() -> str | None:
     except OSError as error:
         return f"built, but does not load: {error}"
     return None
+
+
+def obstacle(*tensors: Tensor) -> str | None:
+    """Why the C++ kernels cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"runs on the CPU, got a tensor on {tensor.device}"
+        if tensor.dtype not in DTYPES:
+            return f"takes float32, bfloat16 and float16, got {str(tensor.dtype).split('.')[1]}"
+    return load()
 
 
 def cpu_features() -> list[str]:

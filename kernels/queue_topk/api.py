@@ -5,7 +5,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels.queue_topk import op, reference
-from maect_fast.kernels.queue_topk.reference import Pick, QueueState, TopK, draw_ranks
+from maect_fast.kernels.queue_topk.reference import Pick, QueueState, TopK
 
 __all__ = ["enqueue", "queue_topk"]
 
@@ -40,7 +40,7 @@ def queue_topk(
         query_label: int64 [n], shared by the views; negative = none, never a hit. Needs `pick`.
         pick: chooses one neighbour per row: a Pick draws it, an int64 tensor of the query's shape
             without D replays ranks (0 = nearest) drawn elsewhere.
-        backend: "auto" or "reference"; "triton" and "cpp" are not built yet.
+        backend: "auto" is "cpp" on the CPU, else "reference"; "triton" is not built yet.
 
     Returns:
         TopK: values, indices [.., k]; with `pick` the chosen slots and rows, with labels the hits.
@@ -48,17 +48,17 @@ def queue_topk(
     Raises:
         ValueError: shapes or dtypes that do not fit, k outside 1 .. Q, ids or labels on one side
             only, ranks (on the CPU) outside 0 .. k-1.
-        RuntimeError: a backend that is not built.
+        RuntimeError: a backend that is not built, or "cpp" for what is fp64 or not on the CPU.
 
     Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: losses/nnclr_loss.py (find_nn).
     """
-    check_backend("queue_topk", backend)
     if isinstance(queue, QueueState):
         if queue_id is not None or queue_label is not None:
             raise ValueError("queue_id, queue_label: expected None, as the QueueState brings them")
         queue_id = None if query_id is None else queue.queue_id
         queue_label = None if query_label is None else queue.queue_y
         queue = queue.queue
+    check_backend("queue_topk", backend, cpp_inputs=(query, queue))
     if query.ndim not in (2, 3) or queue.ndim != 2 or query.shape[-1] != queue.shape[1]:
         shapes = f"{list(query.shape)} and {list(queue.shape)}"
         raise ValueError(f"query, queue: expected [n, D] or [V, n, D] and [Q, D], got {shapes}")
@@ -74,7 +74,8 @@ def queue_topk(
     if query_label is not None and pick is None:
         raise ValueError("query_label: expected a pick with it, as its choice is what labels judge")
     if isinstance(pick, Pick):
-        rank: Tensor | None = draw_ranks(pick, query.shape[:-1], k, query.device)
+        module = reference if backend == "reference" else op
+        rank: Tensor | None = module.draw_ranks(pick, query.shape[:-1], k, query.device)
     else:
         _check_int64("pick", pick, query.shape[:-1])
         rank = pick

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "../_common/cpu_features.h"
+#include "../_common/philox.h"
 #include "../_common/rows.h"
 #include "cpu_simd.h"
 
@@ -283,12 +284,13 @@ class Search {
       }
     };
     set_thresholds();
+    std::vector<char> is_scored(kPanelRows);
     const auto panel = std::make_unique<Panel>();
     const auto hits = std::make_unique<Hits>();
     panel->words = words.data();
     for (int64_t first = task.first_row; first < task.last_row; first += kPanelRows) {
       panel->num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, task.last_row - first));
-      if (round_panel(first, *panel, buffer.data(), found)) set_thresholds();
+      if (round_panel(first, *panel, is_scored.data(), buffer.data(), found)) set_thresholds();
       for (int64_t block = task.first_block; block < task.last_block; ++block) {
         prefetch(first + kPanelRows, block - task.first_block, task);
         float* least = threshold.data() + (block - task.first_block) * lanes;
@@ -297,8 +299,8 @@ class Search {
         for (int hit = 0; hit < hits->count; ++hit) {
           const int row = hits->place[hit] >> lane_bits, lane = hits->place[hit] & (lanes - 1);
           const int64_t slot = first + row, i = block * lanes + lane;
-          // The threshold may have risen since; the last tile may reach beyond the last row.
-          if (hits->score[hit] < least[lane] || row >= panel->num_rows || is_own(i, slot)) continue;
+          // The threshold may have risen since.
+          if (hits->score[hit] < least[lane] || !is_scored[row] || is_own(i, slot)) continue;
           append(task.part, i, {hits->score[hit], static_cast<int32_t>(slot)}, found.extent,
                  &least[lane]);
         }
@@ -307,21 +309,24 @@ class Search {
   }
 
   // Returns whether the extent of the rows grew.
-  bool round_panel(const int64_t first, Panel& panel, float* buffer, Found& found) const {
+  bool round_panel(const int64_t first, Panel& panel, char* is_scored, float* buffer,
+                   Found& found) const {
     Extent extent;
     for (int row = 0; row < kPanelRows; ++row) {
       Word* words = panel.words + row * num_words_;
       Rounded rounded = {0, 0, 1, 0};
-      if (row < panel.num_rows) {
+      is_scored[row] = row < panel.num_rows;
+      if (is_scored[row]) {
         rounded = simd_.round_row(queue_.get(first + row, buffer), dim_, words, num_words_);
-        if (std::isfinite(rounded.norm2)) {
-          extent.include({std::sqrt(rounded.norm2), std::sqrt(rounded.residual2)});
-        } else {
-          found.irregular.push_back(static_cast<int32_t>(first + row));
-          rounded = {0, 0, 1, 0};
-        }
+        is_scored[row] = std::isfinite(rounded.norm2);
+        if (!is_scored[row]) found.irregular.push_back(static_cast<int32_t>(first + row));
       }
-      if (rounded.norm2 == 0) std::fill(words, words + num_words_, 0);
+      if (is_scored[row]) {
+        extent.include({std::sqrt(rounded.norm2), std::sqrt(rounded.residual2)});
+      } else {
+        std::fill(words, words + num_words_, 0);
+        rounded = {0, 0, 1, 0};
+      }
       panel.scale[row] = rounded.scale;
       panel.start[row] = rounded.start;
     }
@@ -483,6 +488,27 @@ void queue_topk(const Tensor query, const Tensor queue, const int64_t k,
   }
 }
 
+// ranks [V, n] of rows [n]; the other inputs are 0-d. All int64.
+void draw_ranks(const Tensor seed, const Tensor step, const Tensor view, const Tensor row,
+                const int64_t k, Tensor ranks) {
+  const auto scalar = [](const Tensor& tensor) {
+    return static_cast<uint64_t>(*tensor.const_data_ptr<int64_t>());
+  };
+  const uint64_t seed_bits = scalar(seed), step_bits = scalar(step), first_view = scalar(view);
+  const std::array<uint32_t, 2> key = {static_cast<uint32_t>(seed_bits),
+                                       static_cast<uint32_t>(seed_bits >> 32)};
+  const int64_t* rows = row.const_data_ptr<int64_t>();
+  int64_t* out = ranks.mutable_data_ptr<int64_t>();
+  for (int64_t v = 0; v < ranks.size(0); ++v) {
+    for (int64_t i = 0; i < ranks.size(1); ++i) {
+      const uint32_t word = philox4x32(
+          key, {static_cast<uint32_t>(rows[i]), static_cast<uint32_t>(first_view + v),
+                static_cast<uint32_t>(step_bits), static_cast<uint32_t>(step_bits >> 32)})[0];
+      *out++ = static_cast<int64_t>(word * static_cast<uint64_t>(k) >> 32);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace maect_fast::queue_topk
 
@@ -493,6 +519,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(maect_fast, m) {
       "Tensor? query_label, Tensor? queue_label, Tensor? rank, str simd, Tensor(a!) values, "
       "Tensor(b!) indices, Tensor(c!) picked_index, Tensor(d!) picked_neighbour, "
       "Tensor(e!) label_hit) -> ()");
+  m.def(
+      "draw_ranks_cpp(Tensor seed, Tensor step, Tensor view, Tensor row, int k, Tensor(a!) ranks) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maect_fast, CompositeExplicitAutograd, m) {
@@ -501,4 +530,5 @@ STABLE_TORCH_LIBRARY_IMPL(maect_fast, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(maect_fast, CPU, m) {
   m.impl("queue_topk_cpp", TORCH_BOX(&maect_fast::queue_topk::queue_topk));
+  m.impl("draw_ranks_cpp", TORCH_BOX(&maect_fast::queue_topk::draw_ranks));
 }

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from maect_fast.kernels._common.philox import MASK32, philox4x32
 
-__all__ = ["Pick", "QueueState", "TopK", "draw_ranks", "enqueue", "queue_topk"]
+__all__ = ["Pick", "QueueState", "TopK", "check_ranks", "draw_ranks", "enqueue", "queue_topk"]
 
 EPS = 1e-12
 # Rows and queue entries that meet at a time: 8 MiB of fp32 scores, whatever n and Q.
@@ -81,6 +81,12 @@ def draw_ranks(pick: Pick, shape: torch.Size, k: int, device: torch.device) -> T
     return word * k >> 32
 
 
+def check_ranks(rank: Tensor, k: int) -> None:
+    """Refuse ranks outside 0 .. K-1 on the CPU; elsewhere looking would wait for the device."""
+    if rank.device.type == "cpu" and bool(((rank < 0) | (rank >= k)).any()):
+        raise ValueError(f"pick: expected ranks in 0 .. {k - 1}, got {rank.min()} .. {rank.max()}")
+
+
 @torch.no_grad()
 def queue_topk(
     query: Tensor,
@@ -95,7 +101,7 @@ def queue_topk(
     """Search [.., n, D] in [Q, D]; ids and labels of the query are [n], `rank` is [.., n] or None.
 
     Raises:
-        ValueError: a rank (on the CPU, where looking costs nothing) is outside 0 .. K-1.
+        ValueError: a rank is outside 0 .. K-1 (on the CPU).
     """
     *batch, num_rows, dim = query.shape
     rows = query.reshape(-1, dim)
@@ -114,8 +120,7 @@ def queue_topk(
     indices = indices.view(*batch, num_rows, k)
     if rank is None:
         return TopK(values, indices)
-    if rank.device.type == "cpu" and bool(((rank < 0) | (rank >= k)).any()):
-        raise ValueError(f"pick: expected ranks in 0 .. {k - 1}, got {rank.min()} .. {rank.max()}")
+    check_ranks(rank, k)
     chosen = rank.to(query.device).clamp(0, k - 1)
     picked = indices.gather(-1, chosen[..., None]).squeeze(-1)
     hit = None

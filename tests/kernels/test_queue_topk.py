@@ -1,4 +1,7 @@
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,16 +11,28 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maect_fast.kernels import Pick, QueueState, TopK, enqueue, queue_topk
+from maect_fast.kernels._common import cpp
 from maect_fast.kernels.queue_topk import op, reference
 from maect_fast.testing import assert_within_budget, random_queue, unit_rows
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 BACKENDS = ["auto", "reference"]
+NO_LIBRARY = cpp.load()
+needs_cpp = pytest.mark.skipif(NO_LIBRARY is not None, reason=f"C++ library: {NO_LIBRARY}")
+SIMDS = [] if NO_LIBRARY else torch.ops.maect_fast.queue_topk_simd().split()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # Exact scores -1, 0, 1 with many ties: every query and every entry is a signed unit vector.
 AXES = torch.cat((torch.eye(4), -torch.eye(4)))
+
+
+Search = Callable[..., TopK]
+
+
+@pytest.fixture(params=BACKENDS)
+def search(request: pytest.FixtureRequest) -> Search:
+    return partial(queue_topk, backend=request.param)
 
 
 def lexicographic(score: Tensor, own: Tensor, k: int) -> list[list[int]]:
@@ -82,6 +97,7 @@ def test_ties_go_to_the_lowest_slot(
     num_ids: int,
     blocks: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
+    search: Search,
     device: torch.device,
 ) -> None:
     monkeypatch.setattr(reference, "BLOCK_B", blocks[0])
@@ -91,7 +107,7 @@ def test_ties_go_to_the_lowest_slot(
     queue = AXES[torch.randint(8, (45,), generator=generator)].to(device)
     queue_id = (torch.arange(45) % num_ids).to(device)
     query_id = torch.tensor([0, 1, 2, 3, 4, 5, 44, -1, 99, 3], device=device)
-    found = queue_topk(query, queue, k=k, query_id=query_id, queue_id=queue_id)
+    found = search(query, queue, k=k, query_id=query_id, queue_id=queue_id)
     own = query_id[:, None] == queue_id
     score = query @ queue.T
     assert found.indices.tolist() == lexicographic(score, own, k)
@@ -108,26 +124,26 @@ def test_the_other_devices_path_to_ties_agrees() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 20, 64])
-def test_collapse(k: int, device: torch.device) -> None:
+def test_collapse(k: int, search: Search, device: torch.device) -> None:
     """All entries and all queries alike: slots in order, without the own ones."""
     queue = torch.ones(100, 16, device=device) / 4
     ids = torch.arange(100, device=device)
-    found = queue_topk(queue[:70] * 2, queue, k=k, query_id=ids[:70], queue_id=ids)
+    found = search(queue[:70] * 2, queue, k=k, query_id=ids[:70], queue_id=ids)
     expected = [[slot for slot in range(100) if slot != row][:k] for row in range(70)]
     assert found.indices.tolist() == expected
     assert torch.equal(found.values, torch.ones_like(found.values))
 
 
-def test_duplicates_are_all_found(device: torch.device) -> None:
+def test_duplicates_are_all_found(search: Search, device: torch.device) -> None:
     queue = unit_rows(64, 32, device=device)
     queue[[5, 17, 40]] = queue[9].clone()
-    found = queue_topk(queue[9:10], queue, k=4)
+    found = search(queue[9:10], queue, k=4)
     assert found.indices.tolist() == [[5, 9, 17, 40]]
 
 
 @pytest.mark.parametrize("blocks", [(128, 16384), (2, 3)], ids=str)
 def test_nan_scores_rank_last(
-    blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device
+    blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch, search: Search, device: torch.device
 ) -> None:
     monkeypatch.setattr(reference, "BLOCK_B", blocks[0])
     monkeypatch.setattr(reference, "BLOCK_Q", blocks[1])
@@ -135,7 +151,7 @@ def test_nan_scores_rank_last(
     queue[[1, 4]] = torch.nan
     query = queue[[0, 1, 2]].clone()
     ids = torch.arange(10, device=device)
-    found = queue_topk(query, queue, k=10, query_id=ids[:3], queue_id=ids)
+    found = search(query, queue, k=10, query_id=ids[:3], queue_id=ids)
     # A finite query: 7 finite entries, then the NaN entries in slot order, then the own one.
     assert found.indices[0, 7:].tolist() == [1, 4, 0]
     assert found.values[0, 7:].tolist() == [-torch.inf, -torch.inf, -1]
@@ -143,54 +159,52 @@ def test_nan_scores_rank_last(
     # A NaN query: slots in order without the own one, which comes last.
     assert found.indices[1].tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 9, 1]
     assert found.values[1].tolist() == [-torch.inf] * 9 + [-1]
-    few = queue_topk(query, queue, k=7, query_id=ids[:3], queue_id=ids)
+    few = search(query, queue, k=7, query_id=ids[:3], queue_id=ids)
     assert few.values[[0, 2]].isfinite().all()
 
 
-def test_infinite_entries_rank_by_sign(device: torch.device) -> None:
+def test_infinite_entries_rank_by_sign(search: Search, device: torch.device) -> None:
     queue = torch.tensor([[-torch.inf], [0.5], [torch.inf], [torch.nan]], device=device)
-    found = queue_topk(torch.ones(1, 1, device=device), queue, k=4)
+    found = search(torch.ones(1, 1, device=device), queue, k=4)
     assert found.indices.tolist() == [[2, 1, 0, 3]]
     assert found.values.tolist() == [[torch.inf, 0.5, -torch.inf, -torch.inf]]
 
 
-def test_zero_query_scores_zero(device: torch.device) -> None:
-    found = queue_topk(torch.zeros(2, 8, device=device), unit_rows(9, 8, device=device), k=3)
+def test_zero_query_scores_zero(search: Search, device: torch.device) -> None:
+    found = search(torch.zeros(2, 8, device=device), unit_rows(9, 8, device=device), k=3)
     assert found.indices.tolist() == [[0, 1, 2]] * 2
     assert torch.equal(found.values, torch.zeros_like(found.values))
 
 
-def test_own_ids_more_often_than_the_queue_has_others(device: torch.device) -> None:
+def test_own_ids_more_often_than_the_queue_has_others(search: Search, device: torch.device) -> None:
     """A queue larger than the data set: each sample fills every third slot."""
     state = random_queue(12, 16, num_ids=3, num_classes=2, device=device)
     query_id = torch.arange(3, device=device)
-    found = queue_topk(state.queue[:3], state, k=10, query_id=query_id)
+    found = search(state.queue[:3], state, k=10, query_id=query_id)
     own = state.queue_id[found.indices] == query_id[:, None]
     assert own.tolist() == [[False] * 8 + [True] * 2] * 3
     assert found.values[own].tolist() == [-1.0] * 6
     assert found.indices[0, 8:].tolist() == [0, 3]
-    excluded = queue_topk(state.queue[:3], state, k=8, query_id=query_id)
+    excluded = search(state.queue[:3], state, k=8, query_id=query_id)
     assert torch.equal(excluded.indices, found.indices[:, :8])
 
 
-def test_id_minus_one_excludes_nothing(device: torch.device) -> None:
+def test_id_minus_one_excludes_nothing(search: Search, device: torch.device) -> None:
     queue = unit_rows(20, 8, device=device)
     nobody = torch.full((20,), -1, device=device)
-    found = queue_topk(queue[:4], queue, k=5, query_id=nobody[:4], queue_id=nobody)
-    assert torch.equal(found.indices, queue_topk(queue[:4], queue, k=5).indices)
+    found = search(queue[:4], queue, k=5, query_id=nobody[:4], queue_id=nobody)
+    assert torch.equal(found.indices, search(queue[:4], queue, k=5).indices)
     assert found.indices[:, 0].tolist() == [0, 1, 2, 3]
 
 
-def test_both_views_in_one_search(device: torch.device) -> None:
+def test_both_views_in_one_search(search: Search, device: torch.device) -> None:
     state = random_queue(300, 32, num_ids=40, num_classes=5, device=device)
     views = unit_rows(2, 50, 32, device=device, seed=7)
     ids = torch.arange(50, device=device)
     labels = ids % 5
-    both = queue_topk(
-        views, state, k=6, query_id=ids, query_label=labels, pick=Pick(1, 2, 0, row=9)
-    )
+    both = search(views, state, k=6, query_id=ids, query_label=labels, pick=Pick(1, 2, 0, row=9))
     for view in range(2):
-        single = queue_topk(
+        single = search(
             views[view], state, k=6, query_id=ids, query_label=labels, pick=Pick(1, 2, view, 9)
         )
         for together, alone in zip(both, single, strict=True):
@@ -199,11 +213,11 @@ def test_both_views_in_one_search(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_pick(batch: tuple[int, ...], device: torch.device) -> None:
+def test_pick(batch: tuple[int, ...], search: Search, device: torch.device) -> None:
     state = random_queue(200, 16, num_ids=30, num_classes=3, device=device)
     query = unit_rows(*batch, 31, 16, device=device, seed=3)
     label = torch.arange(31, device=device) % 4 - 1
-    found = queue_topk(query, state, k=20, query_label=label, pick=Pick(5, 6, 1, row=2))
+    found = search(query, state, k=20, query_label=label, pick=Pick(5, 6, 1, row=2))
     rank = reference.draw_ranks(Pick(5, 6, 1, row=2), query.shape[:-1], 20, device)
     assert len(set(rank.flatten().tolist())) > 10
     assert found.picked_index is not None
@@ -213,31 +227,33 @@ def test_pick(batch: tuple[int, ...], device: torch.device) -> None:
     assert torch.equal(found.label_hit, state.queue_y[found.picked_index] == label)
     assert found.label_hit.any()
     assert not found.label_hit.all()
-    replayed = queue_topk(query, state, k=20, query_label=label, pick=rank.cpu())
+    replayed = search(query, state, k=20, query_label=label, pick=rank.cpu())
     for mine, theirs in zip(found, replayed, strict=True):
         assert same(mine, theirs)
 
 
-def test_missing_labels_never_hit(device: torch.device) -> None:
+def test_missing_labels_never_hit(search: Search, device: torch.device) -> None:
     queue = unit_rows(6, 8, device=device)
     none = torch.full((6,), -1, device=device)
-    found = queue_topk(queue, queue, k=1, queue_label=none, query_label=none, pick=Pick(0, 0, 0))
+    found = search(queue, queue, k=1, queue_label=none, query_label=none, pick=Pick(0, 0, 0))
     assert found.label_hit is not None
     assert not found.label_hit.any()
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_picks_do_not_depend_on_the_number_of_ranks(num_ranks: int, device: torch.device) -> None:
+def test_picks_do_not_depend_on_the_number_of_ranks(
+    num_ranks: int, search: Search, device: torch.device
+) -> None:
     state = random_queue(100, 16, num_ids=100, num_classes=3, device=device)
     query = unit_rows(2, 24, 16, device=device, seed=4)
-    whole = queue_topk(query, state, k=7, pick=Pick(8, 9, 0))
+    whole = search(query, state, k=7, pick=Pick(8, 9, 0))
     n = 24 // num_ranks
     for r in range(num_ranks):
-        part = queue_topk(query[:, r * n : (r + 1) * n], state, k=7, pick=Pick(8, 9, 0, row=r * n))
+        part = search(query[:, r * n : (r + 1) * n], state, k=7, pick=Pick(8, 9, 0, row=r * n))
         assert whole.picked_index is not None
         assert same(whole.picked_index[:, r * n : (r + 1) * n], part.picked_index)
         rows = torch.arange(r * n, (r + 1) * n, device=device)
-        listed = queue_topk(query[:, rows], state, k=7, pick=Pick(8, 9, 0, row=rows))
+        listed = search(query[:, rows], state, k=7, pick=Pick(8, 9, 0, row=rows))
         assert same(part.picked_index, listed.picked_index)
 
 
@@ -251,14 +267,14 @@ def official_find_nn(
     return index, state.queue[index]
 
 
-def test_replays_the_official_search(device: torch.device) -> None:
+def test_replays_the_official_search(search: Search, device: torch.device) -> None:
     """Its dice come from the CPU generator, view 0 first."""
     state = random_queue(500, 32, num_ids=60, num_classes=3, device=device)
     views = unit_rows(2, 40, 32, device=device, seed=11)
     ids = torch.arange(40, device=device)
     torch.manual_seed(3)
     dice = torch.stack([torch.randint(size=(40,), high=20) for _ in range(2)])
-    found = queue_topk(views, state, k=20, query_id=ids, pick=dice)
+    found = search(views, state, k=20, query_id=ids, pick=dice)
     assert found.picked_index is not None
     assert found.picked_neighbour is not None
     for view in range(2):
@@ -268,10 +284,10 @@ def test_replays_the_official_search(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_no_rows(batch: tuple[int, ...], device: torch.device) -> None:
+def test_no_rows(batch: tuple[int, ...], search: Search, device: torch.device) -> None:
     state = random_queue(9, 8, num_ids=9, num_classes=2, device=device)
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    found = queue_topk(
+    found = search(
         torch.zeros(*batch, 0, 8, device=device),
         state,
         k=3,
@@ -322,22 +338,24 @@ def test_autocast_does_not_reach_the_scores(device: torch.device) -> None:
         assert torch.equal(found.values, expected.values)
 
 
-def test_two_runs_are_bitwise_equal_and_nothing_requires_grad(device: torch.device) -> None:
+def test_two_runs_are_bitwise_equal_and_nothing_requires_grad(
+    search: Search, device: torch.device
+) -> None:
     state = random_queue(700, 32, num_ids=100, num_classes=3, device=device)
     query = unit_rows(64, 32, device=device, seed=1).requires_grad_()
-    first, second = (queue_topk(query, state, k=20, pick=Pick(0, 0, 0)) for _ in range(2))
+    first, second = (search(query, state, k=20, pick=Pick(0, 0, 0)) for _ in range(2))
     for one, other in zip(first[:4], second[:4], strict=True):
         assert same(one, other)
         assert one is not None
         assert not one.requires_grad
 
 
-def test_strided_query(device: torch.device) -> None:
+def test_strided_query(search: Search, device: torch.device) -> None:
     wide = unit_rows(5, 2, 24, device=device)
     query = wide.transpose(0, 1)[..., ::2]
     queue = unit_rows(30, 12, device=device)
-    found = queue_topk(query, queue, k=3)
-    assert torch.equal(found.indices, queue_topk(query.contiguous(), queue, k=3).indices)
+    found = search(query, queue, k=3)
+    assert torch.equal(found.indices, search(query.contiguous(), queue, k=3).indices)
 
 
 IDS = torch.arange(4)
@@ -378,10 +396,205 @@ def test_state_brings_its_own_ids() -> None:
         queue_topk(torch.ones(4, 8), state, k=3, query_id=IDS, queue_id=state.queue_id)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpp"])
-def test_backends_that_are_not_built_say_so(backend: Any) -> None:
-    with pytest.raises(RuntimeError, match=f"queue_topk: backend '{backend}' is not built"):
-        queue_topk(torch.ones(4, 8), unit_rows(9, 8), k=3, backend=backend)
+def test_backends_that_cannot_run_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    query, queue = torch.ones(4, 8), unit_rows(9, 8)
+    with pytest.raises(RuntimeError, match="queue_topk: backend 'triton' is not built here"):
+        queue_topk(query, queue, k=3, backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend 'cpp' takes float32, bfloat16 and float16"):
+        queue_topk(query.double(), queue, k=3, backend="cpp")
+    with pytest.raises(RuntimeError, match="backend 'cpp' runs on the CPU, got a tensor on meta"):
+        queue_topk(query.to("meta"), queue, k=3, backend="cpp")
+    monkeypatch.setattr(cpp, "LIBRARY", tmp_path / "none.so")
+    cpp.load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="queue_topk: backend 'cpp' not built: install"):
+            queue_topk(query, queue, k=3, backend="cpp")
+        assert queue_topk(query, queue, k=3).indices.shape == (4, 3)
+    finally:
+        cpp.load.cache_clear()
+
+
+# The C++ search: every set of inner loops gives the same bits.
+
+
+def definition(query: Tensor, queue: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """fp32 roundings of the scores in fp64, and their slots."""
+    norm = query.double().square().sum(1, keepdim=True).sqrt().float()
+    unit = query / norm.clamp_min(1e-12)
+    score = (unit.double() @ queue.double().T).float()
+    values, slots = score.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], slots[:, :k]
+
+
+def clustered(num_rows: int, dim: int, num_clusters: int, spread: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centre = unit_rows(num_clusters, dim, seed=99)
+    cluster = torch.randint(num_clusters, (num_rows,), generator=generator)
+    noise = torch.randn(num_rows, dim, generator=generator)
+    return normalize(centre[cluster] + spread * noise, dim=-1)
+
+
+def growing_norms(num_rows: int, dim: int) -> Tensor:
+    """Small rows, then unit rows that score about the same for the first of the plain queries."""
+    direction = unit_rows(5, dim, seed=1)[0]
+    small = 0.01 * unit_rows(num_rows // 2, dim, seed=2)
+    large = unit_rows(num_rows - len(small), dim, seed=3)
+    large -= (large @ direction)[:, None] * direction
+    score = (small @ direction).sort().values[-20] + torch.linspace(1e-5, 0, len(large))
+    return torch.cat((small, large + score[:, None] * direction))
+
+
+QUEUES: dict[str, Callable[[int, int], Tensor]] = {
+    "random": lambda Q, D: unit_rows(Q, D, seed=2),
+    "clusters": lambda Q, D: clustered(Q, D, 10, 0.05, 2),
+    "near duplicates": lambda Q, D: clustered(Q, D, 3, 1e-4, 2),
+    "duplicates": lambda Q, D: unit_rows(Q, D, seed=2)[torch.arange(Q) % 7],
+    "collapse": lambda Q, D: unit_rows(1, D).expand(Q, D),
+    "sorted, the best last": lambda Q, D: (
+        unit_rows(1, D, seed=1) * torch.linspace(-1, 1, Q)[:, None]
+    ),
+    "any norm": lambda Q, D: unit_rows(Q, D, seed=2) * torch.logspace(-20, 15, Q)[:, None],
+    "growing norms": growing_norms,
+    "zeros": lambda Q, D: torch.zeros(Q, D),
+    "denormal": lambda Q, D: unit_rows(Q, D, seed=2) * 1e-41,
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("simd", SIMDS)
+@pytest.mark.parametrize("kind", QUEUES)
+@pytest.mark.parametrize(("k", "D"), [(1, 256), (20, 256), (20, 37), (64, 5)])
+def test_every_simd_gives_the_bits_of_fp64(simd: str, kind: str, k: int, D: int) -> None:
+    """Whatever margin the rounded scores need; 1300 rows fill a reservoir several times."""
+    queue = QUEUES[kind](1300, D)
+    query = torch.cat((clustered(30, D, 10, 0.05, 3), 5 * unit_rows(5, D, seed=1)))
+    values, indices, *_ = op.search_cpp(query, queue, k, None, None, None, None, None, simd)
+    expected_values, expected_indices = definition(query, queue, k)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(indices, expected_indices)
+
+
+@needs_cpp
+@pytest.mark.parametrize("simd", SIMDS)
+@pytest.mark.parametrize(
+    ("B", "Q", "D", "k"),
+    [
+        *((1, 1, 1, 1), (2, 2, 2, 2), (33, 191, 3, 64), (64, 193, 16, 100), (65, 500, 31, 500)),
+        *((3, 700, 300, 20), (1, 999, 1030, 2)),
+    ],
+)
+def test_every_simd_takes_any_size(simd: str, B: int, Q: int, D: int, k: int) -> None:
+    query, queue = unit_rows(B, D, seed=1), unit_rows(Q, D, seed=2)
+    values, indices, *_ = op.search_cpp(query, queue, k, None, None, None, None, None, simd)
+    expected_values, expected_indices = definition(query, queue, k)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(indices, expected_indices)
+
+
+@needs_cpp
+@pytest.mark.parametrize("simd", SIMDS)
+def test_every_simd_agrees_on_ids_picks_and_odd_rows(simd: str) -> None:
+    state = random_queue(3000, 64, num_ids=40, num_classes=3)
+    state.queue[[7, 1999]] = torch.nan
+    state.queue[70, 3] = torch.inf
+    state.queue[71] = 1e30
+    query = unit_rows(2, 40, 64, seed=1)
+    query[0, 3], query[1, 4], query[1, 5, 6] = torch.nan, 0, torch.inf
+    ids = torch.arange(40)
+    rank = reference.draw_ranks(Pick(1, 2, 0), query.shape[:-1], 20, query.device)
+    arguments = (query, state.queue, 20, ids, state.queue_id, ids % 3, state.queue_y, rank)
+    found = op.search_cpp(*arguments, simd=simd)
+    expected = reference.queue_topk(*arguments)
+    # Sums in fp32 may order the last bit of a score in another way than sums in fp64.
+    assert_within_budget(found[0], expected.values, expected.values.double())
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert other is not None
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+
+@needs_cpp
+@pytest.mark.parametrize("simd", SIMDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_simd_reads_any_layout(simd: str, dtype: torch.dtype) -> None:
+    query, queue = unit_rows(9, 40, dtype=dtype, seed=1), unit_rows(400, 40, dtype=dtype, seed=2)
+    none = (None,) * 5
+    expected = definition(query.float(), queue.float(), 6)
+    every_second_row = queue.repeat_interleave(2, dim=0)[::2]
+    left_half = queue.repeat(1, 2)[:, :40]
+    transposed = queue.T.contiguous().T
+    for layout in (queue, every_second_row, left_half, transposed):
+        found = op.search_cpp(query, layout, 6, *none, simd)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+@needs_cpp
+@pytest.mark.parametrize("num_queries", [40, 1100])
+def test_the_number_of_threads_changes_no_bit(num_queries: int) -> None:
+    """Threads share the queue from 16,384 rows and the queries from 512, here by 1024 at a time."""
+    state = random_queue(20_000, 16, num_ids=300, num_classes=3)
+    state.queue[[5, 19_999]] = torch.nan
+    query, ids = unit_rows(num_queries, 16, seed=1), torch.arange(num_queries) % 300
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found.append(queue_topk(query, state, k=9, query_id=ids, backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(found[0].values, other.values)
+        assert torch.equal(found[0].indices, other.indices)
+
+
+@needs_cpp
+def test_auto_on_the_cpu_is_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return search_cpp(*arguments)
+
+    search_cpp = op.search_cpp
+    monkeypatch.setattr(op, "search_cpp", spy)
+    query, queue = unit_rows(4, 8), unit_rows(9, 8)
+    for backend in ("auto", "cpp"):
+        queue_topk(query, queue, k=3, backend=backend)  # type: ignore[arg-type]
+    assert len(calls) == 2
+    queue_topk(query, queue, k=3, backend="reference")
+    queue_topk(query.double(), queue, k=3)
+    assert len(calls) == 2
+
+
+@needs_cpp
+def test_an_unknown_simd_is_an_error() -> None:
+    none = (None,) * 5
+    with pytest.raises(RuntimeError, match=r"simd: expected one of .*portable.*, got mmx"):
+        op.search_cpp(unit_rows(2, 4), unit_rows(3, 4), 1, *none, "mmx")
+
+
+@pytest.mark.parametrize("num_views", [0, 3])
+def test_ranks_are_drawn_alike(num_views: int, device: torch.device) -> None:
+    shape = torch.Size((num_views, 50) if num_views else (50,))
+    rows = torch.randint(2**40, (50,))
+    for pick in (
+        Pick(0, 0, 0),
+        Pick(2**40 + 5, torch.tensor(2**33 + 1), 2, row=511),
+        Pick(torch.tensor(2**63 - 1), 7, torch.tensor(1), row=rows),
+        Pick(3, 2**62, 0, row=torch.tensor(9)),
+    ):
+        for k in (1, 20, 1000):
+            found = op.draw_ranks(pick, shape, k, device)
+            expected = reference.draw_ranks(pick, shape, k, device)
+            assert torch.equal(found, expected)
+
+
+def test_known_ranks(device: torch.device) -> None:
+    found = op.draw_ranks(Pick(0, 0, 0), torch.Size((8,)), 20, device)
+    assert found.tolist() == [7, 19, 0, 15, 18, 9, 14, 13]
+    pick = Pick(2**40 + 5, 2**33 + 1, 0, row=511)
+    assert op.draw_ranks(pick, torch.Size((4,)), 20, device).tolist() == [10, 8, 13, 4]
 
 
 # The ring buffer.
