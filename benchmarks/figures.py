@@ -39,6 +39,8 @@ YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 # of one family, and those that never meet in one op, share one.
 STYLES = {
     OURS: (VERMILION, "o"),
+    f"{OURS} int8": (VERMILION, "s"),
+    f"{OURS} fp32": (VERMILION, "^"),
     "eager": (BLACK, "s"),
     "official": (GREY, "D"),
     "torch.compile": (ORANGE, "^"),

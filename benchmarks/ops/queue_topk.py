@@ -25,17 +25,20 @@ from maect_fast.benchmarks.registry import (
     UnavailableError,
     import_peer,
 )
-from maect_fast.kernels import Pick, QueueState, queue_topk
+from maect_fast.kernels import Pick, QueueState, TopK, queue_topk
+from maect_fast.kernels._common import cpp
+from maect_fast.kernels.queue_topk import op
 from maect_fast.testing import error_budget, random_queue, unit_rows
 
 __all__ = ["OP"]
 
 # (B, Q, K), D = 256, the usual step first: B 1024 is both views of 512 images.
 CPU = (
-    *((512, 65_536, 20), (1024, 65_536, 20), (64, 65_536, 20), (512, 65_536, 1)),
-    *((512, 8192, 20), (512, 262_144, 20), (256, 8192, 20)),
+    *((512, 65_536, 20), (1024, 65_536, 20), (64, 65_536, 20), (16, 65_536, 20)),
+    *((512, 65_536, 1), (512, 65_536, 100), (512, 8192, 20), (256, 8192, 20)),
+    (512, 1_048_576, 20),
 )
-CUDA = (*CPU, (4096, 65_536, 20), (256, 65_536, 20), (512, 1_048_576, 20))
+CUDA = (*CPU, (4096, 65_536, 20), (256, 65_536, 20), (512, 262_144, 20))
 # Sizes that are no multiples of anything; (B, Q, K, D).
 ODD = ((1, 1, 1), (3, 65, 64), (65, 1000, 20), (129, 8191, 1), (33, 4097, 20, 64))
 
@@ -160,15 +163,14 @@ def _finish(x: Inputs, mode: str, search: Search) -> Call:
 
 @OP.provider(OURS)
 def ours(x: Inputs, mode: str) -> Call:
-    def topk() -> Outputs:
-        found = queue_topk(x.query, x.state, k=x.k, query_id=x.query_id)
-        return {"values": found.values, "indices": found.indices}
+    def topk() -> TopK:
+        return queue_topk(x.query, x.state, k=x.k, query_id=x.query_id)
 
     # On the device, as a captured step needs it.
     step = torch.zeros((), dtype=torch.int64, device=x.query.device)
 
-    def find_nn() -> Outputs:
-        found = queue_topk(
+    def find_nn() -> TopK:
+        return queue_topk(
             x.query,
             x.state,
             k=x.k,
@@ -176,6 +178,52 @@ def ours(x: Inputs, mode: str) -> Call:
             query_label=x.query_label,
             pick=Pick(seed=0, step=step, view=0),
         )
+
+    return _outputs(mode, topk if mode == "topk" else find_nn)
+
+
+@OP.provider(f"{OURS} int8")
+def ours_int8(x: Inputs, mode: str) -> Call:
+    """The candidates scored in int8; the result is the same."""
+    return _ours_by(x, mode, [name for name in _simds(x) if name.endswith("vnni")])
+
+
+@OP.provider(f"{OURS} fp32")
+def ours_fp32(x: Inputs, mode: str) -> Call:
+    return _ours_by(x, mode, [name for name in _simds(x) if "_" not in name])
+
+
+def _simds(x: Inputs) -> list[str]:
+    obstacle = cpp.obstacle(x.query)
+    if obstacle is not None:
+        raise UnavailableError(f"the C++ search {obstacle}")
+    names: str = torch.ops.maect_fast.queue_topk_simd()
+    return names.split()
+
+
+def _ours_by(x: Inputs, mode: str, simds: list[str]) -> Call:
+    if not simds:
+        raise UnavailableError("this CPU has no instructions for it")
+    state, pick = x.state, Pick(seed=0, step=0, view=0)
+
+    def call() -> TopK:
+        rank = label = None
+        if mode == "find_nn":
+            label = x.query_label
+            rank = op.draw_ranks(pick, x.query.shape[:-1], x.k, x.query.device)
+        ids = (x.query_id, state.queue_id, label, None if label is None else state.queue_y)
+        return TopK(*op.search_cpp(x.query, state.queue, x.k, *ids, rank, simd=simds[0]))
+
+    return _outputs(mode, call)
+
+
+def _outputs(mode: str, call: Callable[[], TopK]) -> Call:
+    def topk() -> Outputs:
+        found = call()
+        return {"values": found.values, "indices": found.indices}
+
+    def find_nn() -> Outputs:
+        found = call()
         assert found.picked_index is not None
         assert found.picked_neighbour is not None
         assert found.label_hit is not None

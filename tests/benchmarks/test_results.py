@@ -167,7 +167,7 @@ def test_competitors_stand_together_ours_first_then_by_time() -> None:
     peer = best_peer(cases[0])
     assert peer is not None
     assert peer.provider == "fast"
-    assert best_peer([ROW]) is None
+    assert best_peer([ROW, replace(ROW, provider="maect-fast int8")]) is None
 
 
 def test_shape_and_fraction_of_the_floor() -> None:
