@@ -79,6 +79,9 @@ class Op(Generic[Inputs]):
     """(sizes, mode, bytes of an element) -> the fewest bytes that memory must move."""
     num_flops: Callable[[Sizes, str], int]
     """(sizes, mode) -> multiplications and additions of the matrix products."""
+    products_dtype: torch.dtype | None = None
+    """Where products in this dtype are faster than in that of the inputs, they are the floor: what
+    a result needs in full precision may be few of them."""
     providers: dict[str, Provider[Inputs]] = field(default_factory=dict)
     """By name, in order of registration."""
 

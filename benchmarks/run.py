@@ -58,7 +58,10 @@ def measure_op(
         timings = measure(calls, device, capturable)
         num_bytes, num_flops = op.num_bytes(sizes, mode, dtype.itemsize), op.num_flops(sizes, mode)
         by_bytes = 1e3 * num_bytes / floors.bandwidth(device)
-        by_flops = 1e3 * num_flops / floors.matrix_rate(dtype, device)
+        rate = floors.matrix_rate(dtype, device)
+        if op.products_dtype is not None:
+            rate = max(rate, floors.matrix_rate(op.products_dtype, device))
+        by_flops = 1e3 * num_flops / rate
         for name in providers:
             columns: dict[str, Any] = {**sizes, **environment, "reason": reasons.get(name, "")}
             if name in timings:

@@ -136,6 +136,7 @@ OP: Op[Inputs] = Op(
     check=_check,
     num_bytes=_num_bytes,
     num_flops=_num_flops,
+    products_dtype=torch.bfloat16,
 )
 
 Search = Callable[[], tuple[Tensor, Tensor]]

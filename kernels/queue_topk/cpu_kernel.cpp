@@ -37,7 +37,6 @@ using torch::stable::Tensor;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Sort keys below every score: unordered scores (NaN, -inf), and last the query's own slots.
 constexpr float kUnordered = std::numeric_limits<float>::lowest();
-constexpr float kOwn = -kInfinity;
 // Queries that are searched together: bounds the memory for reservoirs.
 constexpr int64_t kQueries = 1024;
 // Threads share the queue in parts of at least so many rows, as every part fills its own
@@ -248,15 +247,16 @@ class Search {
     return is_finite;
   }
 
-  // How far a query's approximate score may be from its exact one, in units of the query's scale.
-  // The last term covers roundings to fp32: of the sums, of the scales and of the exact score.
+  // How far a query's approximate score may be from its exact one, in units of the query's scale:
+  // |<u, c> - <hat(u), hat(c)>| <= |u - hat(u)| |c| + |hat(u)| |c - hat(c)|, |u| = 1, and roundings
+  // to fp32 (of the sums, of the scales, of the exact score).
   float margin(const int64_t i, const Extent& extent) const {
-    const float roundings = (2 * static_cast<float>(dim_) + 16) * 0x1p-24f;
-    const float norm = extent.norm + extent.residual;
-    // A unit vector and its rounded copy have norms below 1.01 and 1.03.
-    const float sum = 1.01f * queries_.residual[i] * norm + 1.01f * extent.residual +
-                      1.03f * roundings * norm + 1e-30f;
-    return sum / queries_.scale[i];
+    const float dim = static_cast<float>(dim_), query_residual = queries_.residual[i];
+    const float rounded_query = 1 + query_residual, rounded_row = extent.norm + extent.residual;
+    const float sum = query_residual * extent.norm + rounded_query * extent.residual +
+                      (2 * dim + 16) * 0x1p-24f * rounded_query * rounded_row;
+    // The norms are fp32 sums themselves; the squares of what is below 1e-19 vanish from them.
+    return (1.001f * sum + 2e-19f * dim) / queries_.scale[i];
   }
 
   Reservoir& reservoir(const int64_t part, const int64_t i) {

@@ -109,7 +109,10 @@ def test_rows(name: str) -> None:
     assert missing.p50_ms is None
     assert missing.reason == "needs CUDA"
     by_bytes = 1e3 * op.num_bytes(sizes, mode, 4) / floors.bandwidth(CPU)
-    by_flops = 1e3 * op.num_flops(sizes, mode) / floors.matrix_rate(torch.float32, CPU)
+    rate = max(
+        floors.matrix_rate(dtype, CPU) for dtype in (torch.float32, op.products_dtype) if dtype
+    )
+    by_flops = 1e3 * op.num_flops(sizes, mode) / rate
     assert ours.floor_ms == pytest.approx(max(by_bytes, by_flops))
     assert ours.floor_kind == ("bytes" if by_bytes > by_flops else "FLOPs")
 

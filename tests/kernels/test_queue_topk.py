@@ -455,6 +455,7 @@ QUEUES: dict[str, Callable[[int, int], Tensor]] = {
     ),
     "any norm": lambda Q, D: unit_rows(Q, D, seed=2) * torch.logspace(-20, 15, Q)[:, None],
     "growing norms": growing_norms,
+    "tiny": lambda Q, D: unit_rows(Q, D, seed=2) * 1e-21,
     "zeros": lambda Q, D: torch.zeros(Q, D),
     "denormal": lambda Q, D: unit_rows(Q, D, seed=2) * 1e-41,
 }
@@ -560,7 +561,7 @@ def test_auto_on_the_cpu_is_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "search_cpp", spy)
     query, queue = unit_rows(4, 8), unit_rows(9, 8)
     for backend in ("auto", "cpp"):
-        queue_topk(query, queue, k=3, backend=backend)  # type: ignore[arg-type]
+        queue_topk(query, queue, k=3, backend=backend)
     assert len(calls) == 2
     queue_topk(query, queue, k=3, backend="reference")
     queue_topk(query.double(), queue, k=3)
