@@ -7,10 +7,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST_TRITON := $(CURDIR)/build/triton-newest
 CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
+SANITIZED := build/sanitize
+SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+	-fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-gpu lint type fmt bench gpu \
-	machine-code machine-code-newest ci clean
+	machine-code machine-code-newest sanitize ci clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -59,8 +62,9 @@ bench: install ## time every op beside its peers, into benchmarks/results; OP=na
 gpu: install ## on a GPU: check, tests, benchmarks, profile, in ten minutes; OUT=folder
 	PYTHON=$(CURDIR)/$(BIN)/python bash benchmarks/gpu.sh
 
-machine-code: install ## compile the Triton kernels for sm_80 and sm_90 and check the machine code
+machine-code: install ## check machine code: Triton kernels for sm_80 and sm_90, the C++ library
 	$(BIN)/python -m maect_fast.benchmarks.machine_code --csv build/machine-code.csv
+	$(BIN)/python -m maect_fast.benchmarks.machine_code.cpu
 
 machine-code-newest: install ## the same with the newest Triton, installed apart from .venv
 	$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python --no-deps \
@@ -69,6 +73,19 @@ machine-code-newest: install ## the same with the newest Triton, installed apart
 		file.startswith('$(NEWEST_TRITON)/') or exit(f'expected Triton from $(NEWEST_TRITON), got {file}')"
 	PYTHONPATH=$(NEWEST_TRITON) $(BIN)/python -m maect_fast.benchmarks.machine_code \
 		--csv build/machine-code-newest.csv
+
+# The sanitizers' libraries come before all others, or memory that PyTorch allocates is not watched.
+# Leaks are not looked for: Python and PyTorch keep memory until the process ends. What a sanitizer
+# says as it ends the process must not be in pytest's keeping.
+sanitize: install ## the tests of the C++ kernels with its memory accesses and arithmetic checked
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-DCMAKE_BUILD_TYPE=Sanitize -DCMAKE_CXX_FLAGS_SANITIZE='$(SANITIZERS)'
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD="$$(ldd $(SANITIZED)/_C.so | awk '/lib(a|ub)san/ { print $$3 }' | xargs)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -x -q -m "not slow" --capture=sys \
+		--cpp-library=$(SANITIZED)/_C.so \
+		tests/kernels/test_cpp.py tests/kernels/test_queue_topk.py tests/kernels/test_info_nce.py
 
 ci: lint type machine-code test ## everything that a change must pass
 

@@ -1,8 +1,10 @@
 """Build of the C++ op library and the package mapping; the metadata is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -18,6 +20,8 @@ PACKAGES = [
     *(f"maect_fast.{folder}" for folder in INSIDE),
     *(f"maect_fast.{folder}.{package}" for folder in INSIDE for package in find_packages(folder)),
 ]
+# What the build of the library reads: part of the sdist, not of the wheel.
+CPP_SOURCES = ["CMakeLists.txt", *glob("kernels/*/*.cpp"), *glob("kernels/*/*.h")]
 
 
 class CMakeBuild(build_ext):
@@ -42,8 +46,11 @@ class CMakeBuild(build_ext):
         except ImportError:
             return "torch is not there at build time; install torch, then use --no-build-isolation"
         build = Path(self.build_temp).resolve()
+        # Ninja uses all cores.
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        python = f"-DPython_EXECUTABLE={sys.executable}"
         for command in (
-            ["cmake", "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"],
+            ["cmake", "-S", ROOT, "-B", build, python, *generator],
             ["cmake", "--build", build],
             ["cmake", "--install", build, "--prefix", destination],
         ):
@@ -72,6 +79,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     packages=sorted(set(PACKAGES)),
     package_dir={f"maect_fast.{folder}": folder for folder in INSIDE},
-    ext_modules=[Extension(CPP, sources=[])],
+    exclude_package_data={"": ["*.cpp", "*.h"]},
+    ext_modules=[Extension(CPP, sources=[], depends=CPP_SOURCES)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

@@ -7,6 +7,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,26 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append("cuda")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cpp-library",
+        type=Path,
+        metavar="PATH",
+        help="another build of the C++ library; processes that tests spawn use the installed one",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    library: Path | None = config.getoption("--cpp-library")
+    if library is None:
+        return
+    from maect_fast.kernels._common import cpp
+
+    cpp.LIBRARY = library.resolve()
+    if reason := cpp.load():
+        raise pytest.UsageError(f"--cpp-library: {cpp.LIBRARY}: {reason}")
 
 
 @pytest.fixture(

@@ -4,10 +4,13 @@
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +19,7 @@ import pytest
 import maect_fast
 import maect_fast.benchmarks
 import maect_fast.kernels
+from maect_fast.kernels._common import cpp
 
 ROOT = Path(maect_fast.__file__).resolve().parents[1]
 
@@ -98,6 +102,17 @@ def test_one_name_for_what_lies_outside(package: ModuleType) -> None:
     assert [name for name in sys.modules if name.partition(".")[0] == folder] == []
 
 
+@pytest.mark.skipif(not cpp.LIBRARY.exists(), reason="the C++ library is not built")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not there")
+def test_the_library_needs_nothing_but_torch_and_the_c_runtime() -> None:
+    """No second OpenMP beside PyTorch's, and no path of the machine that it was built on."""
+    header = run("objdump", "-p", cpp.LIBRARY, cwd=ROOT)
+    needed = {name.split(".so")[0] for name in re.findall(r"NEEDED +(\S+)", header)}
+    assert {"libtorch_cpu", "libc"} <= needed
+    assert needed <= {"libtorch_cpu", "libstdc++", "libgcc_s", "libm", "libc"}
+    assert re.findall(r"R(?:UN)?PATH.*", header) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
 def test_editable(environment: Path, source: Path, mode: str) -> None:
@@ -114,6 +129,9 @@ def test_wheel(environment: Path, source: Path, tmp_path: Path) -> None:
     run(*build, source, cwd=tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "maect_fast/kernels/_C.so" in names
+    assert [name for name in names if name.endswith((".cpp", ".h"))] == []
     install(environment, wheel)
     file, library = probe(environment, tmp_path)
     assert library == "None"
@@ -121,14 +139,16 @@ def test_wheel(environment: Path, source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sdist_without_cpp(environment: Path, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_cpp", [True, False])
+def test_sdist(environment: Path, source: Path, tmp_path: Path, with_cpp: bool) -> None:
     build = (sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path)
     run(*build, source, cwd=tmp_path)
     (sdist,) = tmp_path.glob("*.tar.gz")
-    told = install(environment, sdist, MAECT_FAST_CPP="0")
-    assert told.count("going on without the C++ library: MAECT_FAST_CPP=0") == 1
+    told = install(environment, sdist, **({} if with_cpp else {"MAECT_FAST_CPP": "0"}))
+    reason = "going on without the C++ library: MAECT_FAST_CPP=0"
+    assert told.count(reason) == (0 if with_cpp else 1)
     file, library = probe(environment, tmp_path)
-    assert "not built" in library
+    assert library == "None" if with_cpp else "not built" in library
     assert environment.parents[1] in file.parents
 
 

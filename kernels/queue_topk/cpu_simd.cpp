@@ -51,12 +51,14 @@ struct Rounder {
     const Floats residual = x - scale * __builtin_convertvector(integers, Floats);
     norm2 += x * x;
     residual2 += residual * residual;
-    total += integers;
+    // Wraps, as in finish(), where the row is not finite and the result not used.
+    total = (Ints)_mm512_add_epi32((__m512i)total, (__m512i)integers);
     store(words, _mm512_cvtsepi32_epi8((__m512i)integers));
   }
 
   Rounded finish() const {
-    return {sum(norm2), sum(residual2), scale[0], -128 * _mm512_reduce_add_epi32((__m512i)total)};
+    const uint32_t integers = static_cast<uint32_t>(_mm512_reduce_add_epi32((__m512i)total));
+    return {sum(norm2), sum(residual2), scale[0], static_cast<int32_t>(-128u * integers)};
   }
 };
 
