@@ -28,7 +28,7 @@ class Tile:
     """Its multiply-add, as a regular expression."""
     register: str
     products: int
-    """At least so many per trip: 2 * kTileRows (kernels/_common/simd.h)."""
+    """At least so many per trip: 2 * kTileRows (kernels/_common/simd.h), four tiles with AMX."""
 
 
 FMA = r"vfmadd(132|213|231)ps"
@@ -37,6 +37,7 @@ TILES = {
     "avx512": Tile(FMA, "zmm", 16),
     "avx512_bf16": Tile("vdpbf16ps", "zmm", 16),
     "avx512_vnni": Tile("vpdpbusd", "zmm", 16),
+    "amx_bf16": Tile("tdpbf16ps", "tmm", 4),
 }
 # The functions of each op that multiply tile by tile.
 PRODUCTS = {"info_nce": ("accumulate", "score"), "queue_topk": ("score",)}

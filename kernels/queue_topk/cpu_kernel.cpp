@@ -15,6 +15,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -59,7 +64,21 @@ struct Named {
   const Simd* simd;
 };
 
-// Those that this CPU can run, the fastest for any data first; int8 has to be asked for.
+#if defined(__x86_64__)
+// AMX: Linux hands out the tile registers on request.
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, asm/fpu/types.h
+  return cpu_has({"amx_tile", "amx_bf16"}) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Those that this CPU can run, the fastest for any data first. The last two have to be asked for:
+// int8, which near-duplicates slow down more, and AMX, which has not been measured.
 std::vector<Named> runnable() {
   std::vector<Named> found;
 #if defined(__x86_64__)
@@ -71,6 +90,8 @@ std::vector<Named> runnable() {
   found.push_back({"portable", &portable});
 #if defined(__x86_64__)
   if (has_avx512 && cpu_has({"avx512_vnni"})) found.push_back({"avx512_vnni", &avx512_vnni});
+  if (has_avx512 && cpu_has({"avx512_bf16"}) && has_tiles())
+    found.push_back({"amx_bf16", &amx_bf16});
 #endif
   return found;
 }
@@ -139,6 +160,8 @@ struct Reservoir {
   int64_t count = 0;
 };
 
+int64_t multiple(const int64_t count, const int64_t of) { return (count + of - 1) / of * of; }
+
 class Search {
  public:
   Search(const Simd& simd, const Rows& query, const Rows& queue, const int64_t k,
@@ -149,7 +172,7 @@ class Search {
         k_(k),
         capacity_(simd.crowding * std::max<int64_t>(128, 4 * k)),
         dim_(queue.dim()),
-        num_words_((dim_ + simd.items - 1) / simd.items),
+        num_words_(multiple((dim_ + simd.items - 1) / simd.items, simd.word_multiple)),
         query_id_(query_id),
         num_ids_(num_ids),
         queue_id_(queue_id) {}

@@ -110,7 +110,9 @@ Rounded round_row(const float* row, const int64_t dim, Word* words, const int64_
     Word last[kRoundedWords];
     __builtin_memcpy(features, row + d, sizeof(float) * (dim - d));
     rounder.round(load<Floats>(features), last);
-    __builtin_memcpy(words, last, sizeof(Word) * (num_words - d / Math::kItems));
+    const int64_t num_last = num_words - d / Math::kItems;
+    __builtin_memcpy(words, last,
+                     sizeof(Word) * (num_last < kRoundedWords ? num_last : kRoundedWords));
   }
   return rounder.finish();
 }
@@ -150,6 +152,60 @@ MAECT_INLINE void filter(const Floats (&score)[2], const float* threshold, const
 #endif
 }
 
+#if defined(__AMX_BF16__)
+
+// Tiles of 16 rows of 16 words. A: rows of the panel as they lie there. B: queries as they are
+// stored for the other instruction sets, which is the order that pairs of bf16 need. C = A B.
+constexpr int kTile = 16, kStripRows = 2 * kTile;
+constexpr int kWordMultiple = kTile;
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+void score(const Panel& panel, const int64_t num_words, const Word* queries, const float* threshold,
+           Hits* hits) {
+  static_assert(kPanelRows % kStripRows == 0 && kLanes == 2 * kTile);
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  hits->count = 0;
+  float strip[kStripRows][kLanes];
+  const int64_t row_bytes = num_words * sizeof(Word), lane_bytes = kLanes * sizeof(Word);
+  for (int row = 0; row < panel.num_rows; row += kStripRows) {
+    const Word *upper = panel.words + row * num_words, *lower = upper + kTile * num_words;
+    const Word* block = queries;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t w = 0; w < num_words; w += kTile, block += kTile * kLanes) {
+      _tile_loadd(4, upper + w, row_bytes);
+      _tile_loadd(5, lower + w, row_bytes);
+      _tile_loadd(6, block, lane_bytes);
+      _tile_loadd(7, block + kTile, lane_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, strip[0], lane_bytes);
+    _tile_stored(1, strip[0] + kTile, lane_bytes);
+    _tile_stored(2, strip[kTile], lane_bytes);
+    _tile_stored(3, strip[kTile] + kTile, lane_bytes);
+    for (int r = 0; r < kStripRows; ++r) {
+      const Floats scores[2] = {load<Floats>(strip[r]), load<Floats>(strip[r] + kVector)};
+      filter(scores, threshold, (row + r) * kLanes, hits);
+    }
+  }
+  _tile_release();
+}
+
+#else
+
+constexpr int kWordMultiple = 1;
+
 void score(const Panel& panel, const int64_t num_words, const Word* queries, const float* threshold,
            Hits* hits) {
   hits->count = 0;
@@ -173,6 +229,8 @@ void score(const Panel& panel, const int64_t num_words, const Word* queries, con
     }
   }
 }
+
+#endif
 
 // Eight fp32 numbers in double.
 using Doubles = double __attribute__((vector_size(64)));
@@ -203,6 +261,7 @@ double dot(const float* a, const float* b, const int64_t dim) {
 
 }  // namespace
 
-const Simd MAECT_SIMD = {kLanes, Math::kItems, kCrowding, round_row, kQueryFlip, score, dot};
+const Simd MAECT_SIMD = {kLanes,    Math::kItems, kWordMultiple, kCrowding,
+                         round_row, kQueryFlip,   score,         dot};
 
 }  // namespace maect_fast::queue_topk

@@ -44,9 +44,11 @@ struct Simd {
   int lanes;
   // Features in a word.
   int items;
+  // Words of a row are a multiple of it.
+  int word_multiple;
   // Reservoirs are so many times larger, as the margin of coarse scores keeps more candidates.
   int crowding;
-  // Rounds row [dim] into words, padded with zeros.
+  // Rounds row [dim] into words; what they hold beyond it is zero, words beyond them stay.
   Rounded (*round_row)(const float* row, int64_t dim, Word* words, int64_t num_words);
   // How a query's rounded word is stored (integers are made unsigned).
   Word query_flip;
@@ -60,7 +62,7 @@ struct Simd {
 
 extern const Simd portable;
 #if defined(__x86_64__)
-extern const Simd avx2, avx512, avx512_bf16, avx512_vnni;
+extern const Simd avx2, avx512, avx512_bf16, avx512_vnni, amx_bf16;
 #endif
 
 }  // namespace maect_fast::queue_topk

@@ -1,3 +1,5 @@
+import shutil
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -566,6 +568,24 @@ def test_auto_on_the_cpu_is_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     queue_topk(query, queue, k=3, backend="reference")
     queue_topk(query.double(), queue, k=3)
     assert len(calls) == 2
+
+
+@pytest.mark.skipif("avx512_bf16" not in SIMDS, reason="compares with AVX-512 BF16")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_amx_lists_the_hits_of_avx512(tmp_path: Path) -> None:
+    """Over an emulation of the tile instructions, as few CPUs have them."""
+    root = Path(cpp.__file__).resolve().parents[2]
+    avx512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"]
+    common = ["c++", "-std=c++17", "-O1", "-w", *avx512, f"-I{root}"]
+    source = root / "kernels/queue_topk/cpu_simd.cpp"
+    avx512_object, program = tmp_path / "avx512.o", tmp_path / "compare"
+    subprocess.run(
+        [*common, "-DMAECT_SIMD=avx512_bf16", "-c", source, "-o", avx512_object], check=True
+    )
+    tiles = Path(__file__).parent / "emulated_tiles.cpp"
+    subprocess.run([*common, tiles, avx512_object, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @needs_cpp
