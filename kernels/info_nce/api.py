@@ -44,18 +44,19 @@ def info_nce(
         temperature: T > 0; a float or a 0-d tensor without gradient (its value is not checked).
         group: ranks that share their columns; n must be equal on all. None: no communication.
         transposed: rows are predictions and columns neighbours instead.
-        backend: "auto" or "reference"; "triton" and "cpp" are not built yet.
+        backend: "auto" is "cpp" on the CPU, else "reference"; "triton" is not built yet. For bf16
+            predictions, "cpp" may round normalised predictions and neighbours to bf16.
 
     Returns:
         0-d, fp32 (fp64 for fp64 predictions); at least fp32 inside. It has no second derivative.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, T <= 0 as a float.
-        RuntimeError: a backend that is not built.
+        RuntimeError: a backend that is not built, or "cpp" for what is fp64 or not on the CPU.
 
     Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: losses/nnclr_loss.py.
     """
-    check_backend("info_nce", backend)
+    check_backend("info_nce", backend, cpp_inputs=(predicted, neighbour))
     shape = predicted.shape
     if shape != neighbour.shape or not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 2)):
         raise ValueError(

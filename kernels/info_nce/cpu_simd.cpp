@@ -13,15 +13,13 @@ using Math = Bf16;
 using Math = Fp32;
 #endif
 
-// exp(x) within 2 units in the last place, exactly 1 at 0; 0 below -88 and infinite above 88.4. NaN
-// stays NaN.
+// exp(x) for x <= 88 within 1.5 units in the last place: 1 at 0, 0 below -88; NaN stays NaN.
 MAECT_INLINE Floats exponential(Floats x) {
   // Adding this rounds to an integer, whose low bits are then a biased exponent.
   constexpr float kRound = 0x1.8p23f + 127;
   // ln 2 in two parts, of which the first times an exponent is exact.
   constexpr float kLn2 = 0x1.63p-1f, kLn2Rest = -0x1.bd0106p-13f;
   x = larger(broadcast(-88.1f), x);
-  x = 88.8f < x ? broadcast(88.8f) : x;
   const Floats shifted = x * 0x1.715476p0f + kRound;
   const Floats exponent = shifted - kRound;
   const Floats r = x - exponent * kLn2 - exponent * kLn2Rest;
@@ -67,10 +65,6 @@ void pair_rows(const Word* even, const Word* odd, const int64_t dim, Word* pairs
 
 // Rounds weights of two rows into one row of words, in place; returns the number of words.
 int round_weights(float* weights, const int num_rows) {
-  if (num_rows % 2 == 1) {
-    store(weights + num_rows * kLanes, Floats{});
-    store(weights + num_rows * kLanes + kVector, Floats{});
-  }
   const __m512i order = interleaving();
   for (int row = 0; row < num_rows; row += 2) {
     MAECT_UNROLL for (int v = 0; v < kLanes; v += kVector) {
@@ -98,30 +92,66 @@ int round_weights(float*, const int num_rows) { return num_rows; }
 
 void score(const Word* rows, const int64_t row_step, const int num_rows, const Word* predictions,
            const int64_t num_words, const float scale, float* logits, const int64_t step) {
+  // Products are summed in parts: in one sum, each of many roundings would be as large as the last.
+  constexpr int64_t kPart = 64;
   for (int row = 0; row < num_rows; row += kTileRows) {
-    Math::Acc acc[kTileRows][2] = {};
-    multiply<Math>(rows + row * row_step, row_step, 1, predictions, kLanes, num_words, acc);
+    float* tile = logits + row * step;
     MAECT_UNROLL for (int r = 0; r < kTileRows; ++r) {
-      float* out = logits + (row + r) * step;
-      store(out, scale * acc[r][0]);
-      store(out + kVector, scale * acc[r][1]);
+      store(tile + r * step, Floats{});
+      store(tile + r * step + kVector, Floats{});
+    }
+    for (int64_t w = 0; w < num_words; w += kPart) {
+      Math::Acc acc[kTileRows][2] = {};
+      multiply<Math>(rows + row * row_step + w, row_step, 1, predictions + w * kLanes, kLanes,
+                     w + kPart < num_words ? kPart : num_words - w, acc);
+      MAECT_UNROLL for (int r = 0; r < kTileRows; ++r) {
+        float* out = tile + r * step;
+        store(out, load<Floats>(out) + scale * acc[r][0]);
+        store(out + kVector, load<Floats>(out + kVector) + scale * acc[r][1]);
+      }
     }
   }
 }
 
-void update(const float* logits, const int count, const int64_t step, float* most, float* total) {
-  const Floats before = load<Floats>(most);
-  Floats now = before, sum{};
-  for (int i = 0; i < count; ++i) now = larger(now, load<Floats>(logits + i * step));
-  for (int i = 0; i < count; ++i) sum += exponential(load<Floats>(logits + i * step) - now);
-  store(most, now);
-  store(total, load<Floats>(total) * exponential(before - now) + sum);
+void update(const float* logits, const int count, const int64_t step, float* state) {
+  // Two sums at a time, as each waits for its last addition.
+  Floats before[2], most[2], total[2], excess[2];
+  MAECT_UNROLL for (int v = 0; v < 2; ++v) most[v] = before[v] = load<Floats>(state + v * kVector);
+  for (int i = 0; i < count; ++i) {
+    MAECT_UNROLL for (int v = 0; v < 2; ++v) {
+      most[v] = larger(most[v], load<Floats>(logits + i * step + v * kVector));
+    }
+  }
+  MAECT_UNROLL for (int v = 0; v < 2; ++v) {
+    const Floats scale = exponential(before[v] - most[v]);
+    total[v] = load<Floats>(state + kLanes + v * kVector) * scale;
+    excess[v] = load<Floats>(state + 2 * kLanes + v * kVector) * scale;
+  }
+  for (int i = 0; i < count; ++i) {
+    MAECT_UNROLL for (int v = 0; v < 2; ++v) {
+      // Kahan's summation: a small loss consists of small terms beside the maximum's 1.
+      const Floats x = load<Floats>(logits + i * step + v * kVector);
+      const Floats term = exponential(x - most[v]) - excess[v];
+      const Floats next = total[v] + term;
+      excess[v] = (next - total[v]) - term;
+      total[v] = next;
+    }
+  }
+  MAECT_UNROLL for (int v = 0; v < 2; ++v) {
+    store(state + v * kVector, most[v]);
+    store(state + kLanes + v * kVector, total[v]);
+    store(state + 2 * kLanes + v * kVector, excess[v]);
+  }
 }
 
-void join(const float* most, const float* total, float* row_max, float* row_sum) {
-  const Floats each = load<Floats>(most);
-  *row_max = maximum(each);
-  *row_sum = sum(load<Floats>(total) * exponential(each - *row_max));
+void join(const float* state, float* row_max, float* row_sum) {
+  *row_max = maximum(larger(load<Floats>(state), load<Floats>(state + kVector)));
+  Floats total{};
+  for (int v = 0; v < kLanes; v += kVector) {
+    const Floats each = load<Floats>(state + kLanes + v) - load<Floats>(state + 2 * kLanes + v);
+    total += each * exponential(load<Floats>(state + v) - *row_max);
+  }
+  *row_sum = sum(total);
 }
 
 void weigh(float* logits, const int num_rows, const float* row_max, const float* grad_sum,
@@ -172,7 +202,7 @@ double dot(const float* a, const float* b, const int64_t dim) {
 
 }  // namespace
 
-const Simd MAECT_SIMD = {kLanes, Math::kItems, round_row, pair_rows,  score, update,
-                         join,   weigh,        accumulate, dot};
+const Simd MAECT_SIMD = {kLanes, Math::kItems, round_row, pair_rows,  score,
+                         update, join,         weigh,     accumulate, dot};
 
 }  // namespace maect_fast::info_nce

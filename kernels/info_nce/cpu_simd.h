@@ -16,7 +16,7 @@ constexpr int kMaxLanes = 32;
 constexpr int kColumns = 128;
 
 struct Simd {
-  // Predictions of a block; two vectors.
+  // Predictions of a block.
   int lanes;
   // Numbers in a word.
   int items;
@@ -29,18 +29,18 @@ struct Simd {
   // whole tile and a block of predictions [num_words][lanes].
   void (*score)(const Word* rows, int64_t row_step, int num_rows, const Word* predictions,
                 int64_t num_words, float scale, float* logits, int64_t step);
-  // Takes `count` vectors, `step` apart, into the running maximum and sum of exponentials of each
-  // lane.
-  void (*update)(const float* logits, int count, int64_t step, float* most, float* total);
-  // The maximum and sum of all lanes of a vector.
-  void (*join)(const float* most, const float* total, float* row_max, float* row_sum);
+  // Takes `count` vectors, `step` apart, into each lane's running state [3][lanes / 2]: the
+  // maximum, the sum of exp(logit - maximum), and by how much roundings made that sum too large.
+  void (*update)(const float* logits, int count, int64_t step, float* state);
+  // All lanes of a state in one.
+  void (*join)(const float* state, float* row_max, float* row_sum);
   // logits [num_rows][lanes] become exp(logit - row_max) * grad_sum, both given per row, or per
   // lane where softmax rows are predictions.
   void (*weigh)(float* logits, int num_rows, const float* row_max, const float* grad_sum,
                 bool transposed);
   // grad[lane * grad_step + d] += sum over rows r of weights[r][lane] * neighbour[r][d], for `dim`
   // features up to a whole tile. `columns` is the panel itself, or its pairs of rows, `step` words
-  // apart. Weights are overwritten.
+  // apart; rows from num_rows on are zero. Weights are overwritten.
   void (*accumulate)(float* weights, int num_rows, const Word* columns, int64_t step, int64_t dim,
                      float* grad, int64_t grad_step);
   // Exact products, summed in double in an order that no instruction set changes.

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from maect_fast.kernels._common import cpp
 from maect_fast.kernels.info_nce import reference
 
-__all__ = ["row_stats", "row_stats_backward"]
+__all__ = ["row_stats", "row_stats_backward", "row_stats_backward_cpp", "row_stats_cpp"]
 
 
 @torch.library.custom_op("maect_fast::info_nce_fwd", mutates_args=())
@@ -20,10 +21,45 @@ def row_stats(
     return reference.row_stats(predicted, neighbour, temperature, first, transposed)
 
 
+@row_stats.register_kernel("cpu")
+def _(
+    predicted: Tensor, neighbour: Tensor, temperature: Tensor, first: int, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    is_cpp = cpp.obstacle(predicted, neighbour) is None
+    function = row_stats_cpp if is_cpp else reference.row_stats
+    return function(predicted, neighbour, temperature, first, transposed)
+
+
+def row_stats_cpp(
+    predicted: Tensor,
+    neighbour: Tensor,
+    temperature: Tensor,
+    first: int,
+    transposed: bool,
+    simd: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`row_stats` with the inner loops called `simd`, of `torch.ops.maect_fast.info_nce_simd()`.
+
+    "avx512_bf16" multiplies in bf16 and takes only bf16 predictions. Empty: the first that does.
+    """
+    stats = _allocate(predicted, neighbour, transposed)
+    torch.ops.maect_fast.info_nce_fwd_cpp(
+        predicted, neighbour, float(temperature), first, transposed, simd, *stats
+    )
+    return stats
+
+
 @row_stats.register_fake
 def _(
     predicted: Tensor, neighbour: Tensor, temperature: Tensor, first: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate(predicted, neighbour, transposed)
+
+
+def _allocate(
+    predicted: Tensor, neighbour: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised results."""
     num_views, num_predictions, _ = predicted.shape
     num_rows = num_predictions if transposed else neighbour.shape[1]
     dtype = torch.promote_types(predicted.dtype, torch.float32)
@@ -49,6 +85,52 @@ def row_stats_backward(
     return reference.row_stats_backward(
         grad_sum, grad_positive, predicted, neighbour, temperature, row_max, first, transposed
     )
+
+
+@row_stats_backward.register_kernel("cpu")
+def _(
+    grad_sum: Tensor,
+    grad_positive: Tensor,
+    predicted: Tensor,
+    neighbour: Tensor,
+    temperature: Tensor,
+    row_max: Tensor,
+    first: int,
+    transposed: bool,
+) -> Tensor:
+    is_cpp = cpp.obstacle(predicted, neighbour) is None
+    function = row_stats_backward_cpp if is_cpp else reference.row_stats_backward
+    return function(
+        grad_sum, grad_positive, predicted, neighbour, temperature, row_max, first, transposed
+    )
+
+
+def row_stats_backward_cpp(
+    grad_sum: Tensor,
+    grad_positive: Tensor,
+    predicted: Tensor,
+    neighbour: Tensor,
+    temperature: Tensor,
+    row_max: Tensor,
+    first: int,
+    transposed: bool,
+    simd: str = "",
+) -> Tensor:
+    """`row_stats_backward` with the inner loops called `simd`, which must be the forward's."""
+    grad = predicted.new_empty(predicted.shape)
+    torch.ops.maect_fast.info_nce_bwd_cpp(
+        grad_sum.contiguous(),
+        grad_positive.contiguous(),
+        predicted,
+        neighbour,
+        float(temperature),
+        row_max.contiguous(),
+        first,
+        transposed,
+        simd,
+        grad,
+    )
+    return grad
 
 
 @row_stats_backward.register_fake
