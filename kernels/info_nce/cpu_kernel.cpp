@@ -17,6 +17,7 @@
 
 #include "../_common/cpu_features.h"
 #include "../_common/rows.h"
+#include "../_common/simd_choice.h"
 #include "cpu_simd.h"
 
 namespace maect_fast::info_nce {
@@ -30,38 +31,21 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Below every logit, and finite: its difference to itself is zero.
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-struct Named {
-  const char* name;
-  const Simd* simd;
-};
-
-// Those that this CPU can run, the fastest first.
-std::vector<Named> runnable() {
-  std::vector<Named> found;
+// Those that this CPU can run for predictions of some dtype, the fastest first.
+std::vector<Named<Simd>> runnable(const ScalarType dtype) {
+  std::vector<Named<Simd>> found;
 #if defined(__x86_64__)
-  const bool has_avx512 = cpu_has({"avx512f", "avx512bw", "avx512vl", "avx2", "fma"});
-  if (has_avx512 && cpu_has({"avx512_bf16"})) found.push_back({"avx512_bf16", &avx512_bf16});
-  if (has_avx512) found.push_back({"avx512", &avx512});
+  if (dtype == ScalarType::BFloat16 && cpu_has_avx512() && cpu_has({"avx512_bf16"})) {
+    found.push_back({"avx512_bf16", &avx512_bf16});
+  }
+  if (cpu_has_avx512()) found.push_back({"avx512", &avx512});
   if (cpu_has({"avx2", "fma"})) found.push_back({"avx2", &avx2});
 #endif
   found.push_back({"portable", &portable});
   return found;
 }
 
-std::string names() {
-  std::string all;
-  for (const Named& one : runnable()) all += (all.empty() ? "" : " ") + std::string(one.name);
-  return all;
-}
-
-const Simd& choose(const std::string& name, const ScalarType dtype) {
-  for (const Named& one : runnable()) {
-    const bool is_exact = one.simd->items == 1 || dtype == ScalarType::BFloat16;
-    if (is_exact && (name.empty() || name == one.name)) return *one.simd;
-  }
-  STD_TORCH_CHECK(false, "simd: expected one of ", names(),
-                  " (avx512_bf16 for bfloat16 predictions only), got ", name);
-}
+std::string simd_names() { return names(runnable(ScalarType::BFloat16)); }
 
 const float* float_data(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_contiguous(), "expected contiguous statistics and gradients");
@@ -133,7 +117,7 @@ class Loss {
  public:
   Loss(const Tensor& predicted, const Tensor& neighbour, const double temperature,
        const int64_t first, const bool transposed, const std::string& simd)
-      : simd_(choose(simd, predicted.scalar_type())),
+      : simd_(choose(runnable(predicted.scalar_type()), simd)),
         predicted_(views_of(predicted)),
         neighbour_(views_of(neighbour)),
         num_views_(predicted.size(0)),
@@ -425,7 +409,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(maect_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maect_fast, CompositeExplicitAutograd, m) {
-  m.impl("info_nce_simd", TORCH_BOX(&maect_fast::info_nce::names));
+  m.impl("info_nce_simd", TORCH_BOX(&maect_fast::info_nce::simd_names));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maect_fast, CPU, m) {

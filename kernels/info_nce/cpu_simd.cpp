@@ -184,22 +184,6 @@ void accumulate(float* weights, const int num_rows, const Word* columns, const i
   }
 }
 
-double dot(const float* a, const float* b, const int64_t dim) {
-  // Two fp32 numbers have an exact product in double, so fused multiplication changes nothing.
-  constexpr int kSums = 8;
-  using Doubles = double __attribute__((vector_size(8 * kSums)));
-  using Singles = float __attribute__((vector_size(4 * kSums)));
-  Doubles total{};
-  int64_t d = 0;
-  for (; d + kSums <= dim; d += kSums) {
-    total += __builtin_convertvector(load<Singles>(a + d), Doubles) *
-             __builtin_convertvector(load<Singles>(b + d), Doubles);
-  }
-  for (int i = 0; d + i < dim; ++i) total[i] += static_cast<double>(a[d + i]) * b[d + i];
-  return ((total[0] + total[4]) + (total[2] + total[6])) +
-         ((total[1] + total[5]) + (total[3] + total[7]));
-}
-
 }  // namespace
 
 const Simd MAECT_SIMD = {kLanes, Math::kItems, round_row, pair_rows,  score,

@@ -32,6 +32,7 @@
 #include "../_common/cpu_features.h"
 #include "../_common/philox.h"
 #include "../_common/rows.h"
+#include "../_common/simd_choice.h"
 #include "cpu_simd.h"
 
 namespace maect_fast::queue_topk {
@@ -59,11 +60,6 @@ bool precedes(const Candidate& a, const Candidate& b) {
   return a.score != b.score ? a.score > b.score : a.slot < b.slot;
 }
 
-struct Named {
-  const char* name;
-  const Simd* simd;
-};
-
 #if defined(__x86_64__)
 // AMX: Linux hands out the tile registers on request.
 bool has_tiles() {
@@ -79,10 +75,10 @@ bool has_tiles() {
 
 // Those that this CPU can run, the fastest for any data first. The last two have to be asked for:
 // int8, which near-duplicates slow down more, and AMX, which has not been measured.
-std::vector<Named> runnable() {
-  std::vector<Named> found;
+std::vector<Named<Simd>> runnable() {
+  std::vector<Named<Simd>> found;
 #if defined(__x86_64__)
-  const bool has_avx512 = cpu_has({"avx512f", "avx512bw", "avx512vl", "avx2", "fma"});
+  const bool has_avx512 = cpu_has_avx512();
   if (has_avx512 && cpu_has({"avx512_bf16"})) found.push_back({"avx512_bf16", &avx512_bf16});
   if (has_avx512) found.push_back({"avx512", &avx512});
   if (cpu_has({"avx2", "fma"})) found.push_back({"avx2", &avx2});
@@ -96,19 +92,7 @@ std::vector<Named> runnable() {
   return found;
 }
 
-std::string names() {
-  std::string all;
-  for (const Named& one : runnable()) all += (all.empty() ? "" : " ") + std::string(one.name);
-  return all;
-}
-
-const Simd& choose(const std::string& name) {
-  const std::vector<Named> found = runnable();
-  for (const Named& one : found) {
-    if (name.empty() || name == one.name) return *one.simd;
-  }
-  STD_TORCH_CHECK(false, "simd: expected one of ", names(), ", got ", name);
-}
+std::string simd_names() { return names(runnable()); }
 
 const int64_t* int64_data(const std::optional<Tensor>& tensor) {
   if (!tensor) return nullptr;
@@ -485,8 +469,8 @@ void queue_topk(const Tensor query, const Tensor queue, const int64_t k,
   STD_TORCH_CHECK(rows.count() <= std::numeric_limits<int32_t>::max(), "queue: too many rows");
   const int64_t num_queries = queries.count();
   int64_t* index = indices.mutable_data_ptr<int64_t>();
-  Search(choose(simd), queries, rows, k, int64_data(query_id), query_id ? query_id->size(0) : 1,
-         int64_data(queue_id))
+  Search(choose(runnable(), simd), queries, rows, k, int64_data(query_id),
+         query_id ? query_id->size(0) : 1, int64_data(queue_id))
       .run(values.mutable_data_ptr<float>(), index);
   if (!rank) return;
   const int64_t* ranks = int64_data(rank);
@@ -548,7 +532,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(maect_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maect_fast, CompositeExplicitAutograd, m) {
-  m.impl("queue_topk_simd", TORCH_BOX(&maect_fast::queue_topk::names));
+  m.impl("queue_topk_simd", TORCH_BOX(&maect_fast::queue_topk::simd_names));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maect_fast, CPU, m) {
