@@ -226,10 +226,12 @@ class Search {
   // The work of all threads: parts of the queue, and groups of queries where these are many.
   std::vector<Task> split() {
     const int64_t num_threads = torch::stable::get_num_threads();
-    const int64_t num_groups = std::clamp<int64_t>(queries_.count / kMinGroup, 1, num_threads);
     const int64_t num_panels = (queue_.count() + kPanelRows - 1) / kPanelRows;
-    num_parts_ = std::clamp<int64_t>(queue_.count() / kMinPart, 1,
-                                     (num_threads + num_groups - 1) / num_groups);
+    const auto share = [&](const int64_t by) { return (num_threads + by - 1) / by; };
+    const int64_t wanted = std::clamp<int64_t>(queries_.count / kMinGroup, 1, num_threads);
+    num_parts_ = std::clamp<int64_t>(queue_.count() / kMinPart, 1, share(wanted));
+    // Small groups are better than idle threads.
+    const int64_t num_groups = std::min(share(num_parts_), queries_.num_blocks);
     reservoirs_.assign(num_parts_ * queries_.count, {});
     candidates_.resize(num_parts_ * queries_.count * capacity_);
     std::vector<Task> tasks;
