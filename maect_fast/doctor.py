@@ -55,8 +55,9 @@ def report() -> Iterator[str]:
     yield "C++ library"
     yield f"  {cpp.status()}"
     if cpp.load() is None:
-        # "portable" on a machine with AVX2 would be news.
-        yield f"  inner loops: search {torch.ops.maect_fast.queue_topk_simd().split()[0]}"
+        # The fastest come first; "portable" on a machine with AVX2 would be news.
+        search, loss = torch.ops.maect_fast.queue_topk_simd(), torch.ops.maect_fast.info_nce_simd()
+        yield f"  inner loops: search {search.split()[0]}, loss {loss.split()[0]}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield f"backends of the ops, tried on {device.type}"
     for op, call in CALLS.items():

@@ -89,7 +89,7 @@ OP: Op[Inputs] = Op(
     modes=("fwd", "bwd", "full"),
     sizes={
         "cuda": tuple(_sizes(512, 512 << i) for i in range(7)),
-        "cpu": tuple(_sizes(512, N) for N in (512, 1024, 4096, 16_384)),
+        "cpu": tuple(_sizes(512, N) for N in (512, 1024, 4096, 32_768)),
         "check": tuple(_sizes(*shape) for shape in ODD),
         "quick": (_sizes(128, 128), _sizes(128, 512)),
     },
