@@ -7,9 +7,8 @@
 // and never a bit of the result.
 //
 // Panels of queue rows are rounded once and meet all queries, whose blocks are stored lane by lane.
-// Scores exist as one strip of a panel and a block at a time; a compare with the query's threshold
-// drops nearly all, the others enter the query's reservoir, which raises the threshold whenever it
-// is full.
+// Scores are compared with their query's threshold in registers, which drops nearly all; the others
+// enter the query's reservoir, which raises the threshold whenever it is full.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -43,8 +42,8 @@ using torch::stable::Tensor;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Sort keys below every score: unordered scores (NaN, -inf), and last the query's own slots.
 constexpr float kUnordered = std::numeric_limits<float>::lowest();
-// Queries that are searched together: bounds the memory for reservoirs.
-constexpr int64_t kQueries = 1024;
+// What is searched together is bounded in queries and, for a large k, in bytes of reservoirs.
+constexpr int64_t kQueries = 1024, kReservoirBytes = 8 << 20;
 // Threads share the queue in parts of at least so many rows, as every part fills its own
 // reservoirs, and the queries in groups of at least so many, as every group rounds the queue again.
 constexpr int64_t kMinPart = 8192;
@@ -75,7 +74,7 @@ bool has_tiles() {
 
 // Those that this CPU can run, the fastest for any data first. The last two have to be asked for:
 // int8, which near-duplicates slow down more, and AMX, which has not been measured.
-std::vector<Named<Simd>> runnable() {
+std::vector<Named<Simd>> find_runnable() {
   std::vector<Named<Simd>> found;
 #if defined(__x86_64__)
   const bool has_avx512 = cpu_has_avx512();
@@ -92,6 +91,11 @@ std::vector<Named<Simd>> runnable() {
   return found;
 }
 
+const std::vector<Named<Simd>>& runnable() {
+  static const std::vector<Named<Simd>> found = find_runnable();
+  return found;
+}
+
 std::string simd_names() { return names(runnable()); }
 
 const int64_t* int64_data(const std::optional<Tensor>& tensor) {
@@ -102,7 +106,7 @@ const int64_t* int64_data(const std::optional<Tensor>& tensor) {
 
 // A group of queries, normalised, and rounded in blocks of lanes.
 struct Queries {
-  int64_t first, count, num_blocks;
+  int64_t count, num_blocks;
   std::vector<float> unit;       // [count, D]
   std::vector<Word> words;       // [num_blocks, num_words, lanes]
   std::vector<float> scale;      // [num_blocks * lanes], as for the next two
@@ -154,7 +158,7 @@ class Search {
         query_(query),
         queue_(queue),
         k_(k),
-        capacity_(simd.crowding * std::max<int64_t>(128, 4 * k)),
+        capacity_(std::min(simd.crowding * std::max<int64_t>(128, 4 * k), queue.count())),
         dim_(queue.dim()),
         num_words_(multiple((dim_ + simd.items - 1) / simd.items, simd.word_multiple)),
         query_id_(query_id),
@@ -163,15 +167,17 @@ class Search {
 
   // values and indices [B, K].
   void run(float* values, int64_t* indices) {
-    for (int64_t first = 0; first < query_.count(); first += kQueries) {
-      pack(first, std::min(kQueries, query_.count() - first));
+    const int64_t reservoir_bytes = capacity_ * static_cast<int64_t>(sizeof(Candidate));
+    const int64_t together =
+        std::clamp<int64_t>(kReservoirBytes / reservoir_bytes, simd_.lanes, kQueries);
+    for (int64_t first = 0; first < query_.count(); first += together) {
+      pack(first, std::min(together, query_.count() - first));
       const std::vector<Task> tasks = split();
       std::vector<Found> found(tasks.size());
-      torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1,
-                                  [&](const int64_t begin, const int64_t end) {
-                                    for (int64_t task = begin; task < end; ++task)
-                                      scan(tasks[task], found[task]);
-                                  });
+      const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+      torch::stable::parallel_for(0, num_tasks, 1, [&](const int64_t begin, const int64_t end) {
+        for (int64_t task = begin; task < end; ++task) scan(tasks[task], found[task]);
+      });
       Found all;
       for (size_t task = 0; task < tasks.size(); ++task) {
         all.extent.include(found[task].extent);
@@ -195,7 +201,6 @@ class Search {
  private:
   void pack(const int64_t first, const int64_t count) {
     const int64_t lanes = simd_.lanes, num_blocks = (count + lanes - 1) / lanes;
-    queries_.first = first;
     queries_.count = count;
     queries_.num_blocks = num_blocks;
     queries_.unit.resize(count * dim_);
@@ -251,9 +256,8 @@ class Search {
   bool normalise(const float* row, float* unit) const {
     const float norm = static_cast<float>(std::sqrt(simd_.dot(row, row, dim_)));
     const float divisor = norm < 1e-12f ? 1e-12f : norm;
-    bool is_finite = std::isfinite(norm);
     for (int64_t d = 0; d < dim_; ++d) unit[d] = row[d] / divisor;
-    return is_finite;
+    return std::isfinite(norm);
   }
 
   // How far a query's approximate score may be from its exact one, in units of the query's scale:
@@ -480,16 +484,17 @@ void queue_topk(const Tensor query, const Tensor queue, const int64_t k,
   const int64_t* queue_labels = int64_data(queue_label);
   int64_t* picked = picked_index.mutable_data_ptr<int64_t>();
   bool* hit = query_labels == nullptr ? nullptr : label_hit.mutable_data_ptr<bool>();
-  // The queue's dtype, whatever it is.
-  const int64_t item = queue.element_size(), dim = rows.dim();
+  // Bytes, as the rows have the queue's dtype. A run lies together in both.
+  const int64_t item = static_cast<int64_t>(queue.element_size()), dim = rows.dim();
+  const int64_t row_stride = queue.stride(0) * item, stride = queue.stride(1) * item;
+  const int64_t run = stride == item ? dim : 1;
   const char* from = static_cast<const char*>(queue.const_data_ptr());
   char* to = static_cast<char*>(picked_neighbour.mutable_data_ptr());
   for (int64_t i = 0; i < num_queries; ++i) {
     const int64_t slot = index[i * k + ranks[i]];
     picked[i] = slot;
-    for (int64_t d = 0; d < dim; ++d) {
-      std::memcpy(to + (i * dim + d) * item,
-                  from + (slot * queue.stride(0) + d * queue.stride(1)) * item, item);
+    for (int64_t d = 0; d < dim; d += run, to += run * item) {
+      std::memcpy(to, from + slot * row_stride + d * stride, run * item);
     }
     if (hit == nullptr) continue;
     const int64_t label = query_labels[i % query_label->size(0)];

@@ -483,7 +483,7 @@ def test_every_simd_gives_the_bits_of_fp64(simd: str, kind: str, k: int, D: int)
     ("B", "Q", "D", "k"),
     [
         *((1, 1, 1, 1), (2, 2, 2, 2), (33, 191, 3, 64), (64, 193, 16, 100), (65, 500, 31, 500)),
-        *((3, 700, 300, 20), (1, 999, 1030, 2)),
+        *((3, 700, 300, 20), (1, 999, 1030, 2), (70, 3000, 8, 3000)),
     ],
 )
 def test_every_simd_takes_any_size(simd: str, B: int, Q: int, D: int, k: int) -> None:
@@ -520,15 +520,16 @@ def test_every_simd_agrees_on_ids_picks_and_odd_rows(simd: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_simd_reads_any_layout(simd: str, dtype: torch.dtype) -> None:
     query, queue = unit_rows(9, 40, dtype=dtype, seed=1), unit_rows(400, 40, dtype=dtype, seed=2)
-    none = (None,) * 5
     expected = definition(query.float(), queue.float(), 6)
     every_second_row = queue.repeat_interleave(2, dim=0)[::2]
     left_half = queue.repeat(1, 2)[:, :40]
     transposed = queue.T.contiguous().T
+    rank = torch.arange(9) % 6
     for layout in (queue, every_second_row, left_half, transposed):
-        found = op.search_cpp(query, layout, 6, *none, simd)
+        found = op.search_cpp(query, layout, 6, None, None, None, None, rank, simd)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[3], queue[found[1][torch.arange(9), rank]])
 
 
 @needs_cpp
