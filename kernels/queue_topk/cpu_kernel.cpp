@@ -142,10 +142,12 @@ struct Found {
   std::vector<int32_t> irregular;
 };
 
-// The candidates of one query in one part of the queue.
+// The candidates of one query in one part of the queue, some of which have their exact score.
 struct Reservoir {
-  float kth = -kInfinity;  // the k-th best score at the last compaction
+  float* scores = nullptr;  // [capacity], in units of the query's scale
+  int32_t* slots = nullptr;
   int64_t count = 0;
+  float kth = -kInfinity;  // the k-th best score when it was full the last time
 };
 
 int64_t multiple(const int64_t count, const int64_t of) { return (count + of - 1) / of * of; }
@@ -158,7 +160,8 @@ class Search {
         query_(query),
         queue_(queue),
         k_(k),
-        capacity_(std::min(simd.crowding * std::max<int64_t>(128, 4 * k), queue.count())),
+        capacity_(multiple(std::min(simd.crowding * std::max<int64_t>(128, 4 * k), queue.count()),
+                           kScores)),
         dim_(queue.dim()),
         num_words_(multiple((dim_ + simd.items - 1) / simd.items, simd.word_multiple)),
         query_id_(query_id),
@@ -167,7 +170,8 @@ class Search {
 
   // values and indices [B, K].
   void run(float* values, int64_t* indices) {
-    const int64_t reservoir_bytes = capacity_ * static_cast<int64_t>(sizeof(Candidate));
+    const int64_t reservoir_bytes =
+        capacity_ * static_cast<int64_t>(sizeof(float) + sizeof(int32_t));
     const int64_t together =
         std::clamp<int64_t>(kReservoirBytes / reservoir_bytes, simd_.lanes, kQueries);
     for (int64_t first = 0; first < query_.count(); first += together) {
@@ -188,10 +192,10 @@ class Search {
       }
       torch::stable::parallel_for(
           0, queries_.count, 8, [&](const int64_t begin, const int64_t end) {
-            std::vector<float> buffer(dim_);
+            std::vector<float> buffer(dim_), scores;
             std::vector<Candidate> best;
             for (int64_t i = begin; i < end; ++i) {
-              collect(i, all, buffer.data(), best);
+              collect(i, all, buffer.data(), scores, best);
               write(i, best, values + (first + i) * k_, indices + (first + i) * k_);
             }
           });
@@ -237,8 +241,13 @@ class Search {
     num_parts_ = std::clamp<int64_t>(queue_.count() / kMinPart, 1, share(wanted));
     // Small groups are better than idle threads.
     const int64_t num_groups = std::min(share(num_parts_), queries_.num_blocks);
-    reservoirs_.assign(num_parts_ * queries_.count, {});
-    candidates_.resize(num_parts_ * queries_.count * capacity_);
+    const int64_t num_reservoirs = num_parts_ * queries_.count;
+    scores_.resize(num_reservoirs * capacity_);
+    slots_.resize(num_reservoirs * capacity_);
+    reservoirs_.resize(num_reservoirs);
+    for (int64_t r = 0; r < num_reservoirs; ++r) {
+      reservoirs_[r] = {scores_.data() + r * capacity_, slots_.data() + r * capacity_};
+    }
     std::vector<Task> tasks;
     for (int64_t part = 0; part < num_parts_; ++part) {
       const int64_t first = num_panels * part / num_parts_ * kPanelRows;
@@ -274,9 +283,6 @@ class Search {
 
   Reservoir& reservoir(const int64_t part, const int64_t i) {
     return reservoirs_[part * queries_.count + i];
-  }
-  Candidate* candidates(const int64_t part, const int64_t i) {
-    return candidates_.data() + (part * queries_.count + i) * capacity_;
   }
   bool is_own(const int64_t i, const int64_t slot) const {
     return queries_.id[i] != -1 && queue_id_[slot] == queries_.id[i];
@@ -314,8 +320,10 @@ class Search {
           const int64_t slot = first + row, i = block * lanes + lane;
           // The threshold may have risen since.
           if (hits->score[hit] < least[lane] || !is_scored[row] || is_own(i, slot)) continue;
-          append(task.part, i, {hits->score[hit], static_cast<int32_t>(slot)}, found.extent,
-                 &least[lane]);
+          Reservoir& into = reservoir(task.part, i);
+          into.scores[into.count] = hits->score[hit];
+          into.slots[into.count++] = static_cast<int32_t>(slot);
+          if (into.count == capacity_) least[lane] = compact(i, into, found.extent);
         }
       }
     }
@@ -355,37 +363,25 @@ class Search {
     }
   }
 
-  void append(const int64_t part, const int64_t i, const Candidate& candidate, const Extent& extent,
-              float* threshold) {
-    Reservoir& into = reservoir(part, i);
-    Candidate* all = candidates(part, i);
-    all[into.count++] = candidate;
-    if (into.count < capacity_) return;
-    into.kth = kth_best(all, into.count);
-    *threshold = into.kth - 2 * margin(i, extent);
-    into.count = keep(all, into.count, *threshold);
-    if (into.count <= capacity_ / 2) return;
+  // Makes room in a full reservoir; returns the query's threshold from now on.
+  float compact(const int64_t i, Reservoir& full, const Extent& extent) const {
+    full.kth = simd_.kth_largest(full.scores, full.count, k_);
+    const float width = 2 * margin(i, extent);
+    full.count = simd_.keep(full.scores, full.slots, full.count, full.kth - width);
+    if (full.count <= capacity_ / 2) return full.kth - width;
     // A crowd within the margin (near-duplicates): only the exact scores tell them apart.
     std::vector<float> buffer(dim_);
-    make_exact(i, all, into.count, buffer.data());
-    std::nth_element(all, all + k_ - 1, all + into.count, precedes);
-    into.count = k_;
-    for (int64_t c = 0; c < k_; ++c) all[c].score /= queries_.scale[i];
-    into.kth = all[k_ - 1].score;
-    *threshold = into.kth - 2 * margin(i, extent);
-  }
-
-  // Reorders.
-  float kth_best(Candidate* all, const int64_t count) const {
-    std::nth_element(all, all + k_ - 1, all + count,
-                     [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
-    return all[k_ - 1].score;
-  }
-
-  static int64_t keep(Candidate* all, const int64_t count, const float threshold) {
-    return std::remove_if(all, all + count,
-                          [&](const Candidate& one) { return one.score < threshold; }) -
-           all;
+    std::vector<Candidate> all;
+    for (int64_t c = 0; c < full.count; ++c) all.push_back({0, full.slots[c]});
+    make_exact(i, all.data(), full.count, buffer.data());
+    std::nth_element(all.begin(), all.begin() + k_ - 1, all.end(), precedes);
+    full.count = k_;
+    for (int64_t c = 0; c < k_; ++c) {
+      full.scores[c] = all[c].score / queries_.scale[i];
+      full.slots[c] = all[c].slot;
+    }
+    full.kth = full.scores[k_ - 1];
+    return full.kth - width;
   }
 
   float exact(const int64_t i, const int64_t slot, float* buffer) const {
@@ -403,25 +399,25 @@ class Search {
   }
 
   // The best k of what all parts found, by exact score, in order; fewer if own slots are left.
-  void collect(const int64_t i, const Found& found, float* buffer, std::vector<Candidate>& best) {
+  void collect(const int64_t i, const Found& found, float* buffer, std::vector<float>& scores,
+               std::vector<Candidate>& best) {
     best.clear();
     if (!queries_.is_ordered[i]) return;
+    scores.clear();
     for (int64_t part = 0; part < num_parts_; ++part) {
-      const Candidate* all = candidates(part, i);
-      best.insert(best.end(), all, all + reservoir(part, i).count);
+      const Reservoir& from = reservoir(part, i);
+      scores.insert(scores.end(), from.scores, from.scores + from.count);
     }
-    const int64_t count = static_cast<int64_t>(best.size());
+    const int64_t count = static_cast<int64_t>(scores.size());
+    scores.resize(multiple(count, kScores), -kInfinity);
+    // First the k best, whose exact scores tell which of the others can still be among them.
+    const float upper =
+        count > k_ ? simd_.kth_largest(scores.data(), scores.size(), k_) : -kInfinity;
+    add(i, upper, kInfinity, buffer, best);
     if (count > k_) {
-      kth_best(best.data(), count);
-      make_exact(i, best.data(), k_, buffer);
       float kth = kInfinity;
-      for (int64_t c = 0; c < k_; ++c) kth = std::min(kth, best[c].score);
-      const int64_t kept =
-          keep(best.data() + k_, count - k_, kth / queries_.scale[i] - margin(i, found.extent));
-      make_exact(i, best.data() + k_, kept, buffer);
-      best.resize(k_ + kept);
-    } else {
-      make_exact(i, best.data(), count, buffer);
+      for (const Candidate& one : best) kth = std::min(kth, one.score);
+      add(i, kth / queries_.scale[i] - margin(i, found.extent), upper, buffer, best);
     }
     for (const int32_t slot : found.irregular) {
       if (is_own(i, slot)) continue;
@@ -431,6 +427,19 @@ class Search {
     const auto end = best.begin() + std::min<int64_t>(k_, best.size());
     std::partial_sort(best.begin(), end, best.end(), precedes);
     best.erase(end, best.end());
+  }
+
+  // Candidates with lower <= score < upper, with their exact scores.
+  void add(const int64_t i, const float lower, const float upper, float* buffer,
+           std::vector<Candidate>& best) {
+    const int64_t before = static_cast<int64_t>(best.size());
+    for (int64_t part = 0; part < num_parts_; ++part) {
+      const Reservoir& from = reservoir(part, i);
+      for (int64_t c = 0; c < from.count; ++c) {
+        if (lower <= from.scores[c] && from.scores[c] < upper) best.push_back({0, from.slots[c]});
+      }
+    }
+    make_exact(i, best.data() + before, static_cast<int64_t>(best.size()) - before, buffer);
   }
 
   // Fills up to k: all slots of an unordered query, own slots where the others do not suffice.
@@ -461,7 +470,8 @@ class Search {
   Queries queries_;
   int64_t num_parts_ = 1;
   std::vector<Reservoir> reservoirs_;  // [parts, queries]
-  std::vector<Candidate> candidates_;  // [parts, queries, capacity]
+  std::vector<float> scores_;          // theirs, as for the next
+  std::vector<int32_t> slots_;
 };
 
 // query [B, D]; rows i and i + n of its views share query_id and query_label [n]. The last three

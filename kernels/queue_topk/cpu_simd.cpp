@@ -232,9 +232,69 @@ void score(const Panel& panel, const int64_t num_words, const Word* queries, con
 
 #endif
 
+// Order of fp32 numbers as an order of integers, its own inverse.
+int32_t flip_negative(const int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+float kth_largest(const float* scores, const int64_t count, const int64_t k) {
+  Floats most = load<Floats>(scores), least = most;
+  for (int64_t i = kVector; i < count; i += kVector) {
+    const Floats x = load<Floats>(scores + i);
+    most = larger(most, x);
+    least = x < least ? x : least;
+  }
+  const float bounds[2] = {-maximum(-least), maximum(most)};
+  int32_t bits[2];
+  __builtin_memcpy(bits, bounds, sizeof bits);
+  // Bisection: branches that cannot be predicted cost more than some 25 passes over the scores.
+  int64_t low = flip_negative(bits[0]), high = flip_negative(bits[1]);
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    const int32_t middle_bits = flip_negative(static_cast<int32_t>(middle));
+    float candidate;
+    __builtin_memcpy(&candidate, &middle_bits, sizeof candidate);
+    Ints reached{};
+    for (int64_t i = 0; i < count; i += kVector) reached -= load<Floats>(scores + i) >= candidate;
+    int num_reached = 0;
+    for (int i = 0; i < kVector; ++i) num_reached += reached[i];
+    if (num_reached >= k) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const int32_t found_bits = flip_negative(static_cast<int32_t>(low));
+  float found;
+  __builtin_memcpy(&found, &found_bits, sizeof found);
+  return found;
+}
+
+int64_t keep(float* scores, int32_t* slots, const int64_t count, const float threshold) {
+  int64_t kept = 0;
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < count; i += kVector) {
+    const __m512 score = _mm512_loadu_ps(scores + i);
+    const __m512i slot = _mm512_loadu_si512(slots + i);
+    const __mmask16 inside = count - i < kVector ? (1u << (count - i)) - 1 : 0xffff;
+    const __mmask16 reached =
+        _mm512_mask_cmp_ps_mask(inside, score, _mm512_set1_ps(threshold), _CMP_GE_OQ);
+    // What is overwritten has been read.
+    _mm512_storeu_ps(scores + kept, _mm512_maskz_compress_ps(reached, score));
+    _mm512_storeu_si512(slots + kept, _mm512_maskz_compress_epi32(reached, slot));
+    kept += __builtin_popcount(reached);
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    scores[kept] = scores[i];
+    slots[kept] = slots[i];
+    kept += scores[i] >= threshold;
+  }
+#endif
+  return kept;
+}
+
 }  // namespace
 
-const Simd MAECT_SIMD = {kLanes,    Math::kItems, kWordMultiple, kCrowding,
-                         round_row, kQueryFlip,   score,         dot};
+const Simd MAECT_SIMD = {kLanes,     Math::kItems, kWordMultiple, kCrowding, round_row,
+                         kQueryFlip, score,        kth_largest,   keep,      dot};
 
 }  // namespace maect_fast::queue_topk

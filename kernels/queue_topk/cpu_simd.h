@@ -13,6 +13,8 @@ using Word = uint32_t;  // one fp32, two bf16 or four int8 features
 constexpr int kPanelRows = 192;
 // Query blocks are at most this wide.
 constexpr int kMaxLanes = 32;
+// Reservoirs are a multiple of every vector.
+constexpr int64_t kScores = 16;
 
 // A row rounded to the type of the scores, with hat for rounded: c = hat(c) + residual.
 struct Rounded {
@@ -56,6 +58,10 @@ struct Simd {
   // [lanes] that reach the query's threshold [lanes], row by row.
   void (*score)(const Panel& panel, int64_t num_words, const Word* queries, const float* threshold,
                 Hits* hits);
+  // The k-th largest of scores, whose number is a multiple of kScores.
+  float (*kth_largest)(const float* scores, int64_t count, int64_t k);
+  // Moves the scores that reach the threshold, and their slots, to the front; returns their number.
+  int64_t (*keep)(float* scores, int32_t* slots, int64_t count, float threshold);
   // Exact products, summed in double in an order that no instruction set changes.
   double (*dot)(const float* a, const float* b, int64_t dim);
 };
