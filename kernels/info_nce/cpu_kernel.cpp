@@ -32,7 +32,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // Those that this CPU can run for predictions of some dtype, the fastest first.
-std::vector<Named<Simd>> runnable(const ScalarType dtype) {
+std::vector<Named<Simd>> runnable([[maybe_unused]] const ScalarType dtype) {
   std::vector<Named<Simd>> found;
 #if defined(__x86_64__)
   if (dtype == ScalarType::BFloat16 && cpu_has_avx512() && cpu_has({"avx512_bf16"})) {
