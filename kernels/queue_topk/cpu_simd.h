@@ -1,9 +1,8 @@
-// The inner loops of the search, one set per instruction set (cpu_simd.cpp), and their choice.
+// The inner loops of the search, one set per instruction set (cpu_simd.cpp).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
 namespace maect_fast::queue_topk {
 
@@ -21,7 +20,7 @@ struct Rounded {
   float norm2;      // |c|^2
   float residual2;  // |c - hat(c)|^2
   float scale;      // hat(c) = scale * integers; 1 for floats
-  int32_t start;  // -128 * sum of the integers, as queries are stored with 128 added; 0 for floats
+  int32_t start;    // -128 * sum of integers, as queries are stored with 128 added; 0 for floats
 };
 
 // Rows of the queue, rounded; the last panel ends with rows of zeros.

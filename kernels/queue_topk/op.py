@@ -126,9 +126,16 @@ def draw_ranks(pick: reference.Pick, shape: torch.Size, k: int, device: torch.de
         return reference.draw_ranks(pick, shape, k, device)
     row = torch.as_tensor(pick.row)
     row = torch.arange(shape[-1]) + row if row.ndim == 0 else row.contiguous()
-    scalars = (torch.as_tensor(x, device="cpu") for x in (pick.seed, pick.step, pick.view))
+    scalars = (_as_int64(x) for x in (pick.seed, pick.step, pick.view))
     ranks: Tensor = _draw_ranks(*scalars, row, k, shape[0] if len(shape) == 2 else 1)
     return ranks.view(shape)
+
+
+def _as_int64(x: reference.Scalar) -> Tensor:
+    """The same 64 bits; a seed may use them all."""
+    if isinstance(x, int) and x >= 1 << 63:
+        x -= 1 << 64
+    return torch.as_tensor(x, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("maect_fast::draw_ranks", mutates_args=(), device_types="cpu")

@@ -602,6 +602,7 @@ def test_ranks_are_drawn_alike(num_views: int, device: torch.device) -> None:
     rows = torch.randint(2**40, (50,))
     for pick in (
         Pick(0, 0, 0),
+        Pick(2**64 - 1, 0, 0),
         Pick(2**40 + 5, torch.tensor(2**33 + 1), 2, row=511),
         Pick(torch.tensor(2**63 - 1), 7, torch.tensor(1), row=rows),
         Pick(3, 2**62, 0, row=torch.tensor(9)),
