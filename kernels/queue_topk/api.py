@@ -74,8 +74,7 @@ def queue_topk(
     if query_label is not None and pick is None:
         raise ValueError("query_label: expected a pick with it, as its choice is what labels judge")
     if isinstance(pick, Pick):
-        module = reference if backend == "reference" else op
-        rank: Tensor | None = module.draw_ranks(pick, query.shape[:-1], k, query.device)
+        rank: Tensor | None = op.draw_ranks(pick, query.shape[:-1], k, query.device)
     else:
         _check_int64("pick", pick, query.shape[:-1])
         rank = pick
