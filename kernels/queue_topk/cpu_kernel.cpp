@@ -73,7 +73,7 @@ bool has_tiles() {
 #endif
 
 // Those that this CPU can run, the fastest for any data first. The last two have to be asked for:
-// int8, which near-duplicates slow down more, and AMX, which has not been measured.
+// int8, whose wide margin makes a large k slower, and AMX, which has not been measured.
 std::vector<Named<Simd>> find_runnable() {
   std::vector<Named<Simd>> found;
 #if defined(__x86_64__)

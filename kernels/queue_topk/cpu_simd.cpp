@@ -10,7 +10,7 @@ namespace {
 #if defined(__AVX512VNNI__)
 using Math = Int8;
 constexpr Word kQueryFlip = 0x80808080;  // int8 to uint8
-// Measured: 512 candidates instead of 128 take 18 % off a search of 512 x 65,536 (Zen 5).
+// Measured: 512 candidates instead of 128, 512 x 65,536 in 23.5 ms instead of 30.0 (Zen 5).
 constexpr int kCrowding = 4;
 #elif defined(__AVX512BF16__)
 using Math = Bf16;

@@ -508,8 +508,13 @@ def test_every_simd_agrees_on_ids_picks_and_odd_rows(simd: str) -> None:
     arguments = (query, state.queue, 20, ids, state.queue_id, ids % 3, state.queue_y, rank)
     found = op.search_cpp(*arguments, simd=simd)
     expected = reference.queue_topk(*arguments)
-    # Sums in fp32 may order the last bit of a score in another way than sums in fp64.
-    assert_within_budget(found[0], expected.values, expected.values.double())
+    # The reference sums in fp32.
+    finite = expected.values.isfinite()
+    assert torch.equal(found[0][~finite], expected.values[~finite])
+    # Each by the norm of its row: one row of 1e30 would widen a budget of all values together.
+    norm = state.queue.double().norm(dim=1)[expected.indices]
+    error = (found[0].double() - expected.values.double()).abs() / norm
+    assert error[finite].max() <= 4 * torch.finfo(torch.float32).eps
     for one, other in zip(found[1:], expected[1:], strict=True):
         assert other is not None
         assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
