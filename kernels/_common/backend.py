@@ -1,23 +1,24 @@
 """Which implementation of an op runs."""
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from torch import Tensor
-
-from maect_fast.kernels._common import cpp
-
-__all__ = ["Backend", "check_backend"]
+__all__ = ["Backend", "Obstacle", "check_backend"]
 
 Backend: TypeAlias = Literal["auto", "triton", "cpp", "reference"]
+Obstacle: TypeAlias = Callable[[], str | None]
 
 
-def check_backend(op: str, backend: str, *, cpp_inputs: tuple[Tensor, ...] = ()) -> None:
+def check_backend(
+    op: str, backend: str, *, triton: Obstacle | None = None, cpp: Obstacle | None = None
+) -> None:
     """Refuse a backend that `op` cannot run; nothing falls back silently.
 
     Args:
         op: public name of the op, for the message.
         backend: what the caller asked for.
-        cpp_inputs: what the op's C++ kernel would take; empty if it has none.
+        triton: says why the op's Triton kernels cannot take its inputs; None if it has no such.
+        cpp: the same of its C++ kernel.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -25,12 +26,14 @@ def check_backend(op: str, backend: str, *, cpp_inputs: tuple[Tensor, ...] = ())
     """
     if backend in ("auto", "reference"):
         return
-    built = ("auto", "cpp", "reference") if cpp_inputs else ("auto", "reference")
+    obstacles = {"triton": triton, "cpp": cpp}
+    built = ["auto", *(name for name, why in obstacles.items() if why is not None), "reference"]
     usable = ", ".join(repr(name) for name in built)
-    if backend not in ("triton", "cpp"):
+    if backend not in obstacles:
         raise ValueError(f"{op}: expected backend to be one of {usable}, got {backend!r}")
-    if backend not in built:
+    obstacle = obstacles[backend]
+    if obstacle is None:
         raise RuntimeError(f"{op}: backend {backend!r} is not built here; use one of {usable}")
-    obstacle = cpp.obstacle(*cpp_inputs)
-    if obstacle is not None:
-        raise RuntimeError(f"{op}: backend {backend!r} {obstacle}")
+    reason = obstacle()
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} {reason}")

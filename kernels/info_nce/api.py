@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels._common.collectives import (
     all_gather_rows,
@@ -56,7 +57,7 @@ def info_nce(
 
     Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: losses/nnclr_loss.py.
     """
-    check_backend("info_nce", backend, cpp_inputs=(predicted, neighbour))
+    check_backend("info_nce", backend, cpp=lambda: cpp.obstacle(predicted, neighbour))
     shape = predicted.shape
     if shape != neighbour.shape or not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 2)):
         raise ValueError(

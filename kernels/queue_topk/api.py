@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels.queue_topk import op, reference
 from maect_fast.kernels.queue_topk.reference import Pick, QueueState, TopK
@@ -58,7 +59,7 @@ def queue_topk(
         queue_id = None if query_id is None else queue.queue_id
         queue_label = None if query_label is None else queue.queue_y
         queue = queue.queue
-    check_backend("queue_topk", backend, cpp_inputs=(query, queue))
+    check_backend("queue_topk", backend, cpp=lambda: cpp.obstacle(query, queue))
     if query.ndim not in (2, 3) or queue.ndim != 2 or query.shape[-1] != queue.shape[1]:
         shapes = f"{list(query.shape)} and {list(queue.shape)}"
         raise ValueError(f"query, queue: expected [n, D] or [V, n, D] and [Q, D], got {shapes}")

@@ -1,0 +1,59 @@
+"""What the Triton kernels need of tensors and of the device that holds them."""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+__all__ = ["num_multiprocessors", "obstacle", "sm_arch"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tensor cores with bf16 and asynchronous copies begin here.
+OLDEST_ARCH = 80
+# Of an H100, for launches made without a device.
+ARCH, MULTIPROCESSORS = 90, 132
+
+
+def obstacle(*tensors: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            if not _interprets():
+                return "runs on CUDA, got a tensor on cpu (TRITON_INTERPRET=1 interprets it there)"
+        elif tensor.device.type != "cuda" or torch.version.cuda is None:
+            return f"runs on CUDA, got a tensor on {tensor.device}"
+        elif sm_arch(tensor.device) < OLDEST_ARCH:
+            return f"needs sm_{OLDEST_ARCH} or newer, got sm_{sm_arch(tensor.device)}"
+        if tensor.dtype not in DTYPES:
+            return f"takes float32, bfloat16 and float16, got {str(tensor.dtype).split('.')[1]}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton: pip install triton"
+    return None
+
+
+@functools.cache
+def _interprets() -> bool:
+    """Whether kernels are interpreted: slow, for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def sm_arch(device: torch.device) -> int:
+    """Compute capability of the device, as in sm_90."""
+    if device.type != "cuda":
+        return ARCH
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the device."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
