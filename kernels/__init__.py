@@ -12,15 +12,25 @@ registers it with torch.library, and an `api.py` with the public function.
 
 from maect_fast.kernels.info_nce import info_nce
 from maect_fast.kernels.masked_attention import attention, masked_attention
-from maect_fast.kernels.queue_topk import Pick, QueueState, TopK, enqueue, queue_topk
+from maect_fast.kernels.queue_topk import (
+    Pick,
+    QueueState,
+    Shadow,
+    TopK,
+    enqueue,
+    queue_topk,
+    with_shadow,
+)
 
 __all__ = [
     "Pick",
     "QueueState",
+    "Shadow",
     "TopK",
     "attention",
     "enqueue",
     "info_nce",
     "masked_attention",
     "queue_topk",
+    "with_shadow",
 ]

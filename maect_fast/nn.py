@@ -1,6 +1,7 @@
 """Module faces of the ops: they hold hyper-parameters and buffers and call the functions."""
 
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 from maect_fast.kernels import (
     Pick,
     QueueState,
+    Shadow,
     TopK,
     enqueue,
     info_nce,
     masked_attention,
     queue_topk,
+    with_shadow,
 )
 from maect_fast.kernels._common.collectives import all_gather_rows, group_rank
 from maect_fast.profiling import profile_range
@@ -33,6 +36,8 @@ class FeatureQueue(nn.Module):
     Args:
         size: Q, the number of entries.
         dim: D, the length of a vector.
+        shadow: on a GPU, the type of the rounded copy in which candidates are looked for:
+            torch.float16, or torch.int8 for faster products; no result depends on it.
         generator: draws the initial directions; None is torch's default generator.
 
     Source: ml-jku/MAE-CT: models/contrastive_heads/base/contrastive_head_base.py.
@@ -43,18 +48,34 @@ class FeatureQueue(nn.Module):
     queue_id: Tensor
     queue_ptr: Tensor
 
-    def __init__(self, size: int, dim: int, *, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        shadow: torch.dtype = torch.float16,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         rows = torch.randn(size, dim, generator=generator)
         self.register_buffer("queue", nn.functional.normalize(rows, dim=-1))
         self.register_buffer("queue_y", torch.full((size,), -1))
         self.register_buffer("queue_id", torch.full((size,), -1))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.shadow_dtype = shadow
+        self._shadow: Shadow | None = None
+        self.register_load_state_dict_post_hook(_renew_shadow)  # type: ignore[no-untyped-call]
 
     @property
     def state(self) -> QueueState:
         """The buffers, as the ops take them."""
-        return QueueState(self.queue, self.queue_y, self.queue_id, self.queue_ptr)
+        return QueueState(self.queue, self.queue_y, self.queue_id, self.queue_ptr, self._shadow)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the buffers."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _renew_shadow(self)
+        return self
 
     def search(
         self,
@@ -88,6 +109,13 @@ class FeatureQueue(nn.Module):
             label: int64 [B], None = none.
         """
         enqueue(self.state, rows, sample_id=sample_id, label=label)
+
+
+def _renew_shadow(queue: FeatureQueue, _: object = None) -> None:
+    """Round the queue anew after it was moved or loaded."""
+    queue._shadow = None
+    if queue.queue.is_cuda:
+        queue._shadow = with_shadow(queue.state, dtype=queue.shadow_dtype).shadow
 
 
 class NNCLROutput(NamedTuple):

@@ -6,7 +6,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-__all__ = ["num_multiprocessors", "obstacle", "sm_arch"]
+__all__ = ["num_multiprocessors", "obstacle", "sm_arch", "table_arch"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tensor cores with bf16 and asynchronous copies begin here.
@@ -49,6 +49,18 @@ def sm_arch(device: torch.device) -> int:
         return ARCH
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def table_arch(device: torch.device) -> int:
+    """The architecture whose launch tables the device takes.
+
+    They are for sm_80 and sm_90, and under 86 for all whose blocks have 99 KiB of shared memory
+    at most, as GeForce and workstation cards.
+    """
+    arch = sm_arch(device)
+    if 90 <= arch < 120:
+        return 90
+    return 80 if arch in (80, 87) else 86
 
 
 @functools.cache

@@ -6,9 +6,9 @@ from torch import Tensor
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels.queue_topk import op, reference
-from maect_fast.kernels.queue_topk.reference import Pick, QueueState, TopK
+from maect_fast.kernels.queue_topk.reference import Pick, QueueState, Shadow, TopK
 
-__all__ = ["enqueue", "queue_topk"]
+__all__ = ["enqueue", "queue_topk", "with_shadow"]
 
 
 def queue_topk(
@@ -53,13 +53,20 @@ def queue_topk(
 
     Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: losses/nnclr_loss.py (find_nn).
     """
+    shadow: tuple[Tensor, ...] = ()
     if isinstance(queue, QueueState):
         if queue_id is not None or queue_label is not None:
             raise ValueError("queue_id, queue_label: expected None, as the QueueState brings them")
         queue_id = None if query_id is None else queue.queue_id
         queue_label = None if query_label is None else queue.queue_y
-        queue = queue.queue
-    check_backend("queue_topk", backend, cpp=lambda: cpp.obstacle(query, queue))
+        shadow, queue = queue.shadow or (), queue.queue
+    rows: Tensor = queue
+    check_backend(
+        "queue_topk",
+        backend,
+        triton=lambda: op.triton_obstacle(query, rows, k),
+        cpp=lambda: cpp.obstacle(query, rows),
+    )
     if query.ndim not in (2, 3) or queue.ndim != 2 or query.shape[-1] != queue.shape[1]:
         shapes = f"{list(query.shape)} and {list(queue.shape)}"
         raise ValueError(f"query, queue: expected [n, D] or [V, n, D] and [Q, D], got {shapes}")
@@ -74,17 +81,19 @@ def queue_topk(
         _check_int64(f"queue_{key}", theirs, queue.shape[:1])
     if query_label is not None and pick is None:
         raise ValueError("query_label: expected a pick with it, as its choice is what labels judge")
+    draw: list[Tensor] = []
     if isinstance(pick, Pick):
-        rank: Tensor | None = op.draw_ranks(pick, query.shape[:-1], k, query.device)
-    else:
-        _check_int64("pick", pick, query.shape[:-1])
-        rank = pick
-    tensors = (query_id, queue_id, query_label, queue_label, rank)
+        draw = op.pick_arguments(pick, query.device)
+    rank = pick if isinstance(pick, Tensor) else None
+    _check_int64("pick", rank, query.shape[:-1])
+    tensors = (query_id, queue_id, query_label, queue_label)
     if backend == "reference":
-        return reference.queue_topk(query.detach(), queue.detach(), k, *tensors)
-    found = op.queue_topk(query.detach(), queue.detach(), k, *tensors)
+        if draw:
+            rank = reference.draw_ranks(Pick(*draw), query.shape[:-1], k, query.device)
+        return reference.queue_topk(query.detach(), queue.detach(), k, *tensors, rank)
+    found = op.queue_topk(query.detach(), queue.detach(), k, *tensors, rank, draw, shadow, backend)
     # What was not asked for is an empty tensor, as an op cannot return None.
-    return TopK(*found[: 2 if rank is None else 4 if query_label is None else 5])
+    return TopK(*found[: 2 if pick is None else 4 if query_label is None else 5])
 
 
 def enqueue(
@@ -111,7 +120,22 @@ def enqueue(
         raise ValueError(f"rows: expected {expected}, got {rows.dtype} {list(rows.shape)}")
     _check_int64("sample_id", sample_id, rows.shape[:1])
     _check_int64("label", label, rows.shape[:1])
-    op.enqueue(*state, rows.detach(), sample_id, label)
+    op.enqueue(*state[:4], *(state.shadow or (None, None)), rows.detach(), sample_id, label)
+
+
+def with_shadow(state: QueueState, *, dtype: torch.dtype = torch.float16) -> QueueState:
+    """The same buffers and, where Triton kernels search, a rounded copy kept up by `enqueue`.
+
+    It makes searches faster and changes no result. After the queue has changed by other means than
+    `enqueue`, make a new one.
+
+    Args:
+        state: with an fp32 queue.
+        dtype: torch.float16, or torch.int8: faster products, but more candidates.
+    """
+    if op.triton_obstacle(state.queue, state.queue, 1) is not None:
+        return state
+    return state._replace(shadow=Shadow(*op.make_shadow(state.queue, dtype)))
 
 
 def _check_int64(name: str, entries: Tensor | None, shape: torch.Size) -> None:

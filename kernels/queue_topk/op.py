@@ -1,19 +1,40 @@
-"""Registration of the search, of its draws and of the enqueue with torch.library."""
+"""Registration of the search and of the enqueue with torch.library."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from maect_fast.kernels._common import cpp
+from maect_fast.kernels._common import cpp, gpu
 from maect_fast.kernels.queue_topk import reference
 
-__all__ = ["draw_ranks", "enqueue", "queue_topk", "search_cpp"]
+__all__ = [
+    "draw_ranks",
+    "enqueue",
+    "make_shadow",
+    "pick_arguments",
+    "queue_topk",
+    "search_cpp",
+    "search_triton",
+    "triton_obstacle",
+]
+
+# Of the Triton kernels; a larger k is for the reference.
+MAX_K = 200
 
 
-def _queue_topk(
+def triton_obstacle(query: Tensor, queue: Tensor, k: int) -> str | None:
+    """Why the Triton kernels cannot search this, or None."""
+    if k > MAX_K:
+        return f"takes k up to {MAX_K}, got {k}"
+    return gpu.obstacle(query, queue)
+
+
+@torch.library.custom_op("maect_fast::queue_topk", mutates_args=())
+def queue_topk(
     query: Tensor,
     queue: Tensor,
     k: int,
@@ -22,12 +43,24 @@ def _queue_topk(
     query_label: Tensor | None,
     queue_label: Tensor | None,
     rank: Tensor | None,
+    draw: Sequence[Tensor],
+    shadow: Sequence[Tensor],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five fields of TopK; those that were not asked for are empty."""
-    result = reference.queue_topk(
-        query, queue, k, query_id, queue_id, query_label, queue_label, rank
-    )
-    _, _, index, neighbour, hit = _allocate(query, queue, 0, None, None)
+    """The five fields of TopK; those that were not asked for are empty.
+
+    The pick is given as `rank`, drawn by `draw` (the fields of a Pick, or nothing), or not asked
+    for. `shadow` has the fields of a Shadow, or nothing.
+    """
+    ids_and_labels = (query_id, queue_id, query_label, queue_label)
+    if backend == "triton" or (query.is_cuda and triton_obstacle(query, queue, k) is None):
+        return search_triton(query, queue, k, *ids_and_labels, rank, draw, shadow)
+    if draw:
+        rank = draw_ranks(reference.Pick(*draw), query.shape[:-1], k, query.device)
+    if not query.is_cuda and cpp.obstacle(query, queue) is None:
+        return search_cpp(query, queue, k, *ids_and_labels, rank)
+    result = reference.queue_topk(query, queue, k, *ids_and_labels, rank)
+    _, _, index, neighbour, hit = _allocate(query, queue, 0, has_pick=False, has_label=False)
     if result.picked_index is not None and result.picked_neighbour is not None:
         index, neighbour = result.picked_index, result.picked_neighbour
     if result.label_hit is not None:
@@ -35,10 +68,7 @@ def _queue_topk(
     return result.values, result.indices, index, neighbour, hit
 
 
-queue_topk = torch.library.custom_op("maect_fast::queue_topk", _queue_topk, mutates_args=())
-
-
-@queue_topk.register_kernel("cpu")
+@queue_topk.register_fake
 def _(
     query: Tensor,
     queue: Tensor,
@@ -48,11 +78,51 @@ def _(
     query_label: Tensor | None,
     queue_label: Tensor | None,
     rank: Tensor | None,
+    draw: Sequence[Tensor],
+    shadow: Sequence[Tensor],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = (query, queue, k, query_id, queue_id, query_label, queue_label, rank)
-    if cpp.obstacle(query, queue) is None:
-        return search_cpp(*arguments)
-    return _queue_topk(*arguments)
+    has_pick = rank is not None or len(draw) > 0
+    return _allocate(query, queue, k, has_pick=has_pick, has_label=query_label is not None)
+
+
+def search_triton(
+    query: Tensor,
+    queue: Tensor,
+    k: int,
+    query_id: Tensor | None,
+    queue_id: Tensor | None,
+    query_label: Tensor | None,
+    queue_label: Tensor | None,
+    rank: Tensor | None,
+    draw: Sequence[Tensor],
+    shadow: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op by the Triton kernels."""
+    from maect_fast.kernels.queue_topk import triton_kernel
+
+    if rank is not None:
+        reference.check_ranks(rank, k)
+        rank = rank.to(query.device)
+    has_pick = rank is not None or len(draw) > 0
+    out = _allocate(query, queue, k, has_pick=has_pick, has_label=query_label is not None)
+    if query.numel() == 0:
+        return out
+    query_id, queue_id, query_label, queue_label, rank = (
+        None if x is None else x.contiguous()
+        for x in (query_id, queue_id, query_label, queue_label, rank)
+    )
+    triton_kernel.search(
+        query, queue, shadow, k, query_id, queue_id, query_label, queue_label, rank, draw, out
+    )
+    return out
+
+
+def make_shadow(queue: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows and bounds of a `reference.Shadow`."""
+    from maect_fast.kernels.queue_topk import triton_kernel
+
+    return triton_kernel.make_shadow(queue, dtype)
 
 
 def search_cpp(
@@ -73,7 +143,8 @@ def search_cpp(
     """
     if rank is not None:
         reference.check_ranks(rank, k)
-    out = _allocate(query, queue, k, query_label, rank)
+    has_label = query_label is not None
+    out = _allocate(query, queue, k, has_pick=rank is not None, has_label=has_label)
     ids_and_labels = (
         x if x is None else x.contiguous()
         for x in (query_id, queue_id, query_label, queue_label, rank)
@@ -84,33 +155,18 @@ def search_cpp(
     return out
 
 
-@queue_topk.register_fake
-def _(
-    query: Tensor,
-    queue: Tensor,
-    k: int,
-    query_id: Tensor | None,
-    queue_id: Tensor | None,
-    query_label: Tensor | None,
-    queue_label: Tensor | None,
-    rank: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _allocate(query, queue, k, query_label, rank)
-
-
 def _allocate(
-    query: Tensor, queue: Tensor, k: int, query_label: Tensor | None, rank: Tensor | None
+    query: Tensor, queue: Tensor, k: int, *, has_pick: bool, has_label: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised results."""
     rows, dim = query.shape[:-1], queue.shape[1]
     dtype = torch.promote_types(torch.promote_types(query.dtype, queue.dtype), torch.float32)
-    picks = rank is not None
     return (
         query.new_empty((*rows, k), dtype=dtype),
         query.new_empty((*rows, k), dtype=torch.int64),
-        query.new_empty(rows if picks else (0,), dtype=torch.int64),
-        queue.new_empty((*rows, dim) if picks else (0,)),
-        query.new_empty(rows if picks and query_label is not None else (0,), dtype=torch.bool),
+        query.new_empty(rows if has_pick else (0,), dtype=torch.int64),
+        queue.new_empty((*rows, dim) if has_pick else (0,)),
+        query.new_empty(rows if has_pick and has_label else (0,), dtype=torch.bool),
     )
 
 
@@ -120,55 +176,58 @@ def _queue_topk_flop(query: Any, queue: Any, *_: Any, out_shape: Any) -> int:
     return int(2 * math.prod(query) * queue[0])
 
 
-def draw_ranks(pick: reference.Pick, shape: torch.Size, k: int, device: torch.device) -> Tensor:
-    """`reference.draw_ranks`, on the CPU in one call instead of a hundred."""
-    if device.type != "cpu":
-        return reference.draw_ranks(pick, shape, k, device)
-    row = torch.as_tensor(pick.row)
-    row = torch.arange(shape[-1]) + row if row.ndim == 0 else row.contiguous()
-    scalars = (_as_int64(x) for x in (pick.seed, pick.step, pick.view))
-    ranks: Tensor = _draw_ranks(*scalars, row, k, shape[0] if len(shape) == 2 else 1)
-    return ranks.view(shape)
+def pick_arguments(pick: reference.Pick, device: torch.device) -> list[Tensor]:
+    """Seed, step, view and row of a Pick as int64 tensors; ints stay on the CPU, nothing waits."""
+    *scalars, row = (_as_int64(x) for x in pick)
+    return [*scalars, row if row.ndim == 0 else row.to(device).contiguous()]
 
 
 def _as_int64(x: reference.Scalar) -> Tensor:
     """The same 64 bits; a seed may use them all."""
     if isinstance(x, int) and x >= 1 << 63:
         x -= 1 << 64
-    return torch.as_tensor(x, dtype=torch.int64, device="cpu")
+    return x.to(torch.int64) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int64)
 
 
-@torch.library.custom_op("maect_fast::draw_ranks", mutates_args=(), device_types="cpu")
-def _draw_ranks(
-    seed: Tensor, step: Tensor, view: Tensor, row: Tensor, k: int, num_views: int
-) -> Tensor:
-    if cpp.load() is not None:
-        pick = reference.Pick(seed, step, view, row)
-        return reference.draw_ranks(pick, torch.Size((num_views, len(row))), k, row.device)
-    ranks = row.new_empty((num_views, len(row)))
-    torch.ops.maect_fast.draw_ranks_cpp(seed, step, view, row, k, ranks)
+def draw_ranks(pick: reference.Pick, shape: torch.Size, k: int, device: torch.device) -> Tensor:
+    """`reference.draw_ranks`, on the CPU in one call instead of a hundred."""
+    if device.type != "cpu" or cpp.load() is not None:
+        return reference.draw_ranks(pick, shape, k, device)
+    seed, step, view, row = (x.cpu() for x in pick_arguments(pick, device))
+    if row.ndim == 0:
+        row = torch.arange(shape[-1]) + row
+    ranks = row.new_empty(shape)
+    torch.ops.maect_fast.draw_ranks_cpp(
+        seed, step, view, row, k, ranks.view(math.prod(shape[:-1]), shape[-1])
+    )
     return ranks
 
 
-@_draw_ranks.register_fake
-def _(seed: Tensor, step: Tensor, view: Tensor, row: Tensor, k: int, num_views: int) -> Tensor:
-    return row.new_empty((num_views, len(row)))
-
-
 @torch.library.custom_op(
-    "maect_fast::queue_enqueue", mutates_args=("queue", "queue_y", "queue_id", "queue_ptr")
+    "maect_fast::queue_enqueue",
+    mutates_args=("queue", "queue_y", "queue_id", "queue_ptr", "shadow", "bound"),
 )
 def enqueue(
     queue: Tensor,
     queue_y: Tensor,
     queue_id: Tensor,
     queue_ptr: Tensor,
+    shadow: Tensor | None,
+    bound: Tensor | None,
     rows: Tensor,
     sample_id: Tensor | None,
     label: Tensor | None,
 ) -> None:
     """Normalise rows [B, D] and write them, their ids and labels at the pointer; advance it."""
-    reference.enqueue(queue, queue_y, queue_id, queue_ptr, rows, sample_id, label)
+    buffers = (queue, queue_y, queue_id, queue_ptr)
+    if shadow is None and (not queue.is_cuda or gpu.obstacle(queue, rows) is not None):
+        reference.enqueue(*buffers, rows, sample_id, label)
+        return
+    from maect_fast.kernels.queue_topk import triton_queue
+
+    # Rows of any dtype: the kernel widens or narrows them to fp32.
+    small = (None if x is None else x.contiguous() for x in (sample_id, label))
+    triton_queue.enqueue(*buffers, shadow, bound, rows, *small)
 
 
 @enqueue.register_fake
@@ -177,6 +236,8 @@ def _(
     queue_y: Tensor,
     queue_id: Tensor,
     queue_ptr: Tensor,
+    shadow: Tensor | None,
+    bound: Tensor | None,
     rows: Tensor,
     sample_id: Tensor | None,
     label: Tensor | None,

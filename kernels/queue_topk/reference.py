@@ -12,7 +12,16 @@ from torch.nn.functional import normalize
 
 from maect_fast.kernels._common.philox import MASK32, philox4x32
 
-__all__ = ["Pick", "QueueState", "TopK", "check_ranks", "draw_ranks", "enqueue", "queue_topk"]
+__all__ = [
+    "Pick",
+    "QueueState",
+    "Shadow",
+    "TopK",
+    "check_ranks",
+    "draw_ranks",
+    "enqueue",
+    "queue_topk",
+]
 
 EPS = 1e-12
 # Rows and queue entries that meet at a time: 8 MiB of fp32 scores, whatever n and Q.
@@ -41,6 +50,18 @@ class Pick(NamedTuple):
     """Number of the query's first row in the global batch (rank * n), or all numbers, int64 [n]."""
 
 
+class Shadow(NamedTuple):
+    """A rounded copy of the queue, in which a GPU looks for candidates; it changes no result.
+
+    Valid for a queue that only `enqueue` has changed since.
+    """
+
+    rows: Tensor
+    """fp16 or int8, padded with zeros to whole tiles."""
+    bound: Tensor
+    """[tiles, 3] fp32: largest distance of a row to its rounding, largest norm, scale."""
+
+
 class QueueState(NamedTuple):
     """The ring buffer; `enqueue` writes into these tensors."""
 
@@ -52,6 +73,8 @@ class QueueState(NamedTuple):
     """[Q] int64 sample ids, -1 = none."""
     queue_ptr: Tensor
     """[1] int64, the next slot to be written."""
+    shadow: Shadow | None = None
+    """Made by `with_shadow`, kept by `enqueue`. Without it, a GPU makes one in every search."""
 
 
 class TopK(NamedTuple):

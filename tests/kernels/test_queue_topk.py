@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maect_fast.kernels import Pick, QueueState, TopK, enqueue, queue_topk
-from maect_fast.kernels._common import cpp
+from maect_fast.kernels import Pick, QueueState, TopK, enqueue, queue_topk, with_shadow
+from maect_fast.kernels._common import cpp, gpu
 from maect_fast.kernels.queue_topk import op, reference
 from maect_fast.testing import assert_within_budget, random_queue, unit_rows
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-BACKENDS = ["auto", "reference"]
+# "triton" is interpreted on the CPU.
+BACKENDS = ["auto", "triton", "reference"]
+SHADOWS = [None, torch.float16, torch.int8]
 NO_LIBRARY = cpp.load()
 needs_cpp = pytest.mark.skipif(NO_LIBRARY is not None, reason=f"C++ library: {NO_LIBRARY}")
 SIMDS = [] if NO_LIBRARY else torch.ops.maect_fast.queue_topk_simd().split()
@@ -43,13 +45,20 @@ def lexicographic(score: Tensor, own: Tensor, k: int) -> list[list[int]]:
     return [sorted(range(len(s)), key=lambda slot: (o[slot], -s[slot], slot))[:k] for s, o in rows]
 
 
+def shadowed(state: QueueState, dtype: torch.dtype | None) -> QueueState:
+    """With a shadow, Triton kernels update the buffer, also on the CPU."""
+    return state if dtype is None else with_shadow(state, dtype=dtype)
+
+
 def same(one: Tensor | None, other: Tensor | None) -> bool:
     """Both exist and are equal bit by bit."""
     return one is not None and other is not None and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(b, d) for b in BACKENDS for d in DTYPES if (b, d) != ("triton", torch.float64)],
+)
 @pytest.mark.parametrize(
     ("batch", "n", "Q", "D", "k"),
     [
@@ -400,8 +409,16 @@ def test_state_brings_its_own_ids() -> None:
 
 def test_backends_that_cannot_run_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     query, queue = torch.ones(4, 8), unit_rows(9, 8)
-    with pytest.raises(RuntimeError, match="queue_topk: backend 'triton' is not built here"):
-        queue_topk(query, queue, k=3, backend="triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' takes float32, bfloat16 and float16"):
+        queue_topk(query.double(), queue, k=3, backend="triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' takes k up to 200, got 201"):
+        queue_topk(torch.ones(4, 8), unit_rows(201, 8), k=201, backend="triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' runs on CUDA, got a tensor on meta"):
+        queue_topk(query.to("meta"), queue, k=3, backend="triton")
+    with monkeypatch.context() as compiled:
+        compiled.setattr(gpu, "_interprets", lambda: False)
+        with pytest.raises(RuntimeError, match="runs on CUDA, got a tensor on cpu"):
+            queue_topk(query, queue, k=3, backend="triton")
     with pytest.raises(RuntimeError, match=r"backend 'cpp' takes float32, bfloat16 and float16"):
         queue_topk(query.double(), queue, k=3, backend="cpp")
     with pytest.raises(RuntimeError, match="backend 'cpp' runs on the CPU, got a tensor on meta"):
@@ -630,7 +647,7 @@ def test_known_ranks(device: torch.device) -> None:
 
 def simulate(state: QueueState, batches: list[tuple[Tensor, Tensor, Tensor]]) -> QueueState:
     """Row by row, in plain Python."""
-    queue, queue_y, queue_id, queue_ptr = (x.clone() for x in state)
+    queue, queue_y, queue_id, queue_ptr = (x.clone() for x in state[:4])
     for rows, ids, labels in batches:
         for row, sample, label in zip(rows, ids, labels, strict=True):
             slot = int(queue_ptr)
@@ -655,12 +672,12 @@ def test_enqueue_wraps_round(sizes: list[int], dtype: torch.dtype, device: torch
         for i, B in enumerate(sizes)
     ]
     expected = simulate(state, batches)
-    pointers = [x.data_ptr() for x in state]
+    pointers = [x.data_ptr() for x in state[:4]]
     for rows, ids, labels in batches:
         enqueue(state, rows, sample_id=ids, label=labels)
-    assert [x.data_ptr() for x in state] == pointers
+    assert [x.data_ptr() for x in state[:4]] == pointers
     torch.testing.assert_close(state.queue, expected.queue, rtol=0, atol=1e-7)
-    for mine, theirs in zip(state[1:], expected[1:], strict=True):
+    for mine, theirs in zip(state[1:4], expected[1:4], strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -684,7 +701,7 @@ def test_each_slot_has_one_writer(device: torch.device) -> None:
     state = random_queue(7, 4, num_ids=7, num_classes=2, device=device)
     ids = torch.arange(19, device=device)
     with WrittenSlots() as written:
-        reference.enqueue(*state, unit_rows(19, 4, device=device), ids, ids)
+        reference.enqueue(*state[:4], unit_rows(19, 4, device=device), ids, ids)
     assert [sorted(slots) for slots in written.slots] == [list(range(7))] * 3
 
 
@@ -727,7 +744,7 @@ def test_the_same_rows_in_other_batches_give_the_same_bits(device: torch.device)
     for cuts, state in zip(([0, 23], [0, 1, 9, 12, 23]), states, strict=True):
         for start, stop in pairwise(cuts):
             enqueue(state, rows[start:stop], sample_id=torch.arange(start, stop, device=device))
-    for one, other in zip(*states, strict=True):
+    for one, other in zip(*(x[:4] for x in states), strict=True):
         assert torch.equal(one, other)
 
 
@@ -755,24 +772,30 @@ def op_arguments(device: torch.device, batch: tuple[int, ...]) -> list[tuple[Any
     query = unit_rows(*batch, 6, 16, device=device, seed=1)
     ids = torch.arange(6, device=device)
     rank = torch.randint(5, (*batch, 6)).to(device)
+    draw = op.pick_arguments(Pick(1, torch.tensor(2, device=device), 0, ids), device)
+    ids_and_labels = (ids, state.queue_id, ids, state.queue_y)
     return [
-        (query, state.queue, 5, None, None, None, None, None),
-        (query, state.queue, 5, ids, state.queue_id, None, None, rank),
-        (query, state.queue, 5, ids, state.queue_id, ids, state.queue_y, rank),
+        (query, state.queue, 5, None, None, None, None, None, []),
+        (query, state.queue, 5, *ids_and_labels[:2], None, None, rank, []),
+        (query, state.queue, 5, *ids_and_labels, None, draw),
     ]
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_opcheck_search(batch: tuple[int, ...], device: torch.device) -> None:
     for arguments in op_arguments(device, batch):
-        torch.library.opcheck(op.queue_topk, arguments)
+        torch.library.opcheck(op.queue_topk, (*arguments, [], "auto"))
+    shadow = op.make_shadow(arguments[1], torch.float16)
+    torch.library.opcheck(op.queue_topk, (*arguments, shadow, "triton"))
 
 
-def test_opcheck_enqueue(device: torch.device) -> None:
-    state = random_queue(10, 4, num_ids=10, num_classes=3, device=device)
+@pytest.mark.parametrize("dtype", SHADOWS)
+def test_opcheck_enqueue(dtype: torch.dtype | None, device: torch.device) -> None:
+    state = shadowed(random_queue(10, 4, num_ids=10, num_classes=3, device=device), dtype)
+    buffers = (*state[:4], *(state.shadow or (None, None)))
     rows, ids = unit_rows(13, 4, device=device), torch.arange(13, device=device)
-    torch.library.opcheck(op.enqueue, (*state, rows, ids, None))
-    torch.library.opcheck(op.enqueue, (*state, rows[:3], None, ids[:3]))
+    torch.library.opcheck(op.enqueue, (*buffers, rows, ids, None))
+    torch.library.opcheck(op.enqueue, (*buffers, rows[:3], None, ids[:3]))
 
 
 def step_once(query: Tensor, state: QueueState, step: int | Tensor) -> TopK:
@@ -790,5 +813,5 @@ def test_compiles_without_graph_breaks(device: torch.device) -> None:
     for n, step in zip((7, 7, 5), steps, strict=True):
         query = unit_rows(2, n, 8, device=device, seed=n)
         found, expected = compiled(query, eager, step), step_once(query, other, step)
-        for one, another in zip((*found, *eager), (*expected, *other), strict=True):
+        for one, another in zip((*found, *eager[:4]), (*expected, *other[:4]), strict=True):
             assert same(one, another)

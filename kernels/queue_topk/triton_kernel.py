@@ -1,0 +1,211 @@
+"""Exact top-k in the ring buffer: launch tables and launchers of the search's three kernels.
+
+Letters as in `triton_select`. `_score_kernel` multiplies the queries with the queue's shadow and
+leaves each row the maxima of its groups of slots; `_select_kernel` finds the first K among them;
+`_finish_kernel` makes good where that was not enough and writes the results. The README says why
+these are exact however the shadow is rounded.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels.queue_topk import triton_queue, triton_score
+from maect_fast.kernels.queue_topk.triton_queue import TILE, make_shadow, padded_dim
+from maect_fast.kernels.queue_topk.triton_score import num_groups, score, span_of
+from maect_fast.kernels.queue_topk.triton_select import _finish_kernel, _select_kernel
+
+__all__ = ["machine_code", "make_shadow", "search"]
+
+SELECT = tuple(
+    LaunchRow(
+        label=f"K up to {k}",
+        num_warps=num_warps,
+        num_stages=1,
+        blocks={"C": num_candidates, "BLOCK_C": 32 if k > 8 else 16, "BLOCK_D": block_d},
+        sizes={"B": 1024, "Q": 65_536, "D": 256, "K": k},
+        limits=Limits(registers=registers, blocks_per_sm=blocks_per_sm),
+    )
+    for k, num_candidates, num_warps, block_d, registers, blocks_per_sm in (
+        (8, 16, 4, 32, 96, 5),
+        (20, 32, 4, 32, 168, 3),
+        (50, 64, 4, 32, 220, 2),
+        (100, 128, 8, 64, 255, 1),
+        (200, 256, 8, 64, 255, 1),
+    )
+)
+FINISH = LaunchRow(
+    label="any K",
+    num_warps=4,
+    num_stages=1,
+    blocks={"BLOCK_Q": 32, "BLOCK_D": 64},
+    sizes={"B": 1024, "Q": 65_536, "D": 256, "K": 20},
+    limits=Limits(registers=255),
+)
+# A search beside its result: group maxima of as many rows at a time as fit into so many bytes, and
+# of a queue without a shadow so many bytes of it at a time.
+GROUP_BYTES = 14 << 20
+SHADOW_BYTES = 64 << 20
+
+
+def search(
+    query: Tensor,
+    queue: Tensor,
+    shadow: Sequence[Tensor],
+    k: int,
+    query_id: Tensor | None,
+    queue_id: Tensor | None,
+    query_label: Tensor | None,
+    queue_label: Tensor | None,
+    rank: Tensor | None,
+    draw: Sequence[Tensor],
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    *,
+    dtype: torch.dtype = torch.float16,
+    select: LaunchRow | None = None,
+) -> None:
+    """Fill `out`, the fields of TopK, of query [.., n, D] in queue [Q, D].
+
+    Args:
+        query: rows of any norm.
+        queue: the master rows.
+        shadow: rows and bounds by `make_shadow`; empty: made here, part by part.
+        k: 1 .. 200.
+        query_id: [n]; with `queue_id`.
+        queue_id: [Q].
+        query_label: [n]; with `queue_label`.
+        queue_label: [Q].
+        rank: [.., n], or None.
+        draw: seed, step, view and row of a Pick, 0-d, the row perhaps [n]; or empty.
+        out: values, indices, picked_index, picked_neighbour, label_hit.
+        dtype: of the shadow that is made.
+        select: row of the launch table; None takes that of `k`.
+    """
+    n, D = query.shape[-2:]
+    Q = len(queue)
+    select = select or next(row for row in SELECT if k <= row.sizes["K"])
+    C, L = select.blocks["C"], max(16, triton.next_power_of_2(k))
+    rows = query.reshape(-1, D)
+    values, indices = (x.view(-1, k) for x in out[:2])
+    picked, hit = out[2].view(-1), out[4].view(-1)
+    neighbour = out[3].view(-1, D)
+    ranks = None if rank is None else rank.view(-1)
+    seed, step, view, row = draw or (None, None, None, None)
+    numbers = None if row is None or row.ndim == 0 else row
+
+    tiles = SHADOW_BYTES // (padded_dim(D) * dtype.itemsize) // TILE.value
+    part = Q if shadow else min(Q, max(1, tiles) * TILE.value)
+    span = span_of(part)
+    G = num_groups(part, span)
+    block = max(1, GROUP_BYTES // (6 * G))
+    # Of a queue in parts, one search's lists are where the next begins.
+    lists = rows.new_empty((2 if part < Q else 1, len(rows), L), dtype=torch.int64)
+    first = rows.new_empty((min(block, len(rows)), G), dtype=torch.float32)
+    second = torch.empty_like(first, dtype=torch.int16)
+    candidate = rows.new_empty((len(first), C), dtype=torch.int32)
+    verdict = rows.new_empty((len(first), 2), dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        for i, offset in enumerate(range(0, Q, part)):
+            end = min(offset + part, Q)
+            copy, bound = shadow or make_shadow(queue[offset:end], dtype)
+            for start in range(0, len(rows), block):
+                here = slice(start, min(start + block, len(rows)))
+                x = rows[here]
+                score(x, copy, bound, first, second, num_slots=end - offset, span=span)
+                before = lists[(i + 1) % 2, here] if i > 0 else None
+                _select_kernel[(len(x),)](
+                    x,
+                    queue,
+                    query_id,
+                    queue_id,
+                    bound,
+                    first,
+                    second,
+                    before,
+                    lists[i % 2, here],
+                    candidate,
+                    verdict,
+                    start,
+                    n,
+                    k,
+                    offset,
+                    end,
+                    G,
+                    x.stride(0),
+                    queue.stride(0),
+                    D=D,
+                    SPAN=span,
+                    IS_INT8=copy.dtype == torch.int8,
+                    L=L,
+                    BLOCK_G=triton.next_power_of_2(G),
+                    **select.options,
+                )
+                _finish_kernel[(len(x),)](
+                    x,
+                    queue,
+                    query_id,
+                    queue_id,
+                    query_label,
+                    queue_label,
+                    first,
+                    before,
+                    lists[i % 2, here],
+                    verdict,
+                    None if ranks is None else ranks[here],
+                    numbers,
+                    values[here],
+                    indices[here],
+                    picked[here],
+                    neighbour[here],
+                    hit[here],
+                    _argument(seed),
+                    _argument(step),
+                    _argument(view),
+                    _argument(None if numbers is not None else row),
+                    start,
+                    n,
+                    k,
+                    offset,
+                    end,
+                    G,
+                    x.stride(0),
+                    queue.stride(0),
+                    D=D,
+                    SPAN=span,
+                    IS_LAST=end == Q,
+                    HAS_PICK=rank is not None or len(draw) > 0,
+                    L=L,
+                    **FINISH.options,
+                )
+
+
+def _argument(x: Tensor | None) -> Tensor | int:
+    """A 0-d tensor as kernels take it: on the CPU its value, without waiting; else its address."""
+    if x is None:
+        return 0
+    return int(x) if x.device.type == "cpu" else x
+
+
+def machine_code(arch: int) -> Iterator[Launch]:
+    """Launches for the compiler."""
+    yield from triton_queue.machine_code(arch)
+    yield from triton_score.machine_code(arch)
+    meta = partial(torch.empty, device="meta")
+    ids = partial(meta, dtype=torch.int64)
+    for row in (*fitting(SELECT, arch), FINISH):
+        B, Q, D, K = (row.sizes[letter] for letter in "BQDK")
+        n = B // 2
+        out = (meta(2, n, K), ids(2, n, K), ids(2, n), meta(2, n, D), meta(2, n, dtype=torch.bool))
+        labels = (ids(n), ids(Q), ids(n), ids(Q))
+        draw = [torch.tensor(3), ids(()), torch.tensor(0), torch.tensor(n)]
+        query, queue = meta(2, n, D, dtype=torch.bfloat16), meta(Q, D)
+        for dtype in (torch.float16, torch.int8):
+            shadow = meta(Q, padded_dim(D), dtype=dtype), meta(Q // TILE.value, 3)
+            arguments = (query, queue, shadow, K, *labels, None, draw, out)
+            kernel = _finish_kernel if row is FINISH else _select_kernel
+            call = partial(search, *arguments, select=None if row is FINISH else row)
+            yield Launch(kernel=kernel, row=row, call=call, variant=str(dtype)[6:])
