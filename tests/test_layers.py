@@ -14,8 +14,10 @@ PACKAGE = "maect_fast.kernels"
 
 # A file of an op imports only files further down, never one beside it.
 RANK = {"__init__": 4, "api": 3, "op": 2, "triton_kernel": 1, "reference": 1, "_common": 0}
+# Parts of the search's triton_kernel.py, each on the ones before.
+RANK |= {"triton_queue": 0.7, "triton_score": 0.8, "triton_select": 0.9}
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
-TRITON_FILES = {"triton_kernel", "_common"}
+TRITON_FILES = {"triton_kernel", "triton_queue", "triton_score", "triton_select", "_common"}
 
 FRONT_END_PACKAGES = (
     *("timm", "torchvision", "sklearn", "scipy", "omegaconf", "yaml", "matplotlib", "tqdm"),
@@ -88,7 +90,8 @@ def broken_rule(op: str, file: str, name: str, *, top_level: bool) -> str | None
         return "an op imports no other op"
     if RANK[other_file] >= RANK[file]:
         return "imports run api -> op -> {triton_kernel, cpu, reference} -> _common"
-    if other_file == "triton_kernel" and (file != "op" or top_level):
+    inside_triton = file in TRITON_FILES and other_file in TRITON_FILES
+    if other_file in TRITON_FILES and not inside_triton and (file != "op" or top_level):
         return "only op.py imports the Triton launchers, and lazily"
     return None
 
@@ -124,6 +127,9 @@ def test_kernels_import_one_way(path: Path) -> None:
         ("info_nce/op.py", "from .triton_kernel import forward"),
         ("info_nce/api.py", "def f():\n    from .triton_kernel import forward"),
         ("info_nce/op.py", "def f():\n    import triton"),
+        ("queue_topk/op.py", "from .triton_queue import enqueue"),
+        ("queue_topk/triton_queue.py", "from .triton_score import score"),
+        ("queue_topk/triton_queue.py", "from .reference import enqueue"),
         ("info_nce/reference.py", "import scipy.special"),
         ("info_nce/helpers.py", "import torch"),
         ("_common/philox.py", "from ..info_nce.op import forward"),
@@ -142,6 +148,8 @@ def test_a_wrong_import_is_noticed(path: str, source: str) -> None:
         ("info_nce/__init__.py", "from .api import info_nce"),
         ("info_nce/api.py", "from . import op\nfrom .reference import info_nce"),
         ("info_nce/op.py", "def f():\n    from .triton_kernel import forward"),
+        ("queue_topk/op.py", "def f():\n    from .triton_queue import enqueue"),
+        ("queue_topk/triton_kernel.py", "from .triton_score import score"),
         ("info_nce/triton_kernel.py", "import torch, triton\nfrom .._common.philox import M"),
         ("info_nce/reference.py", "from maect_fast.kernels._common import philox"),
         ("_common/philox.py", "import torch\ndef f():\n    import triton"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = [
+    "ARITHMETIC",
     "Code",
     "Instruction",
     "Shape",
@@ -13,6 +14,7 @@ __all__ = [
     "flops",
     "innermost_tensor_loops",
     "is_empty",
+    "main_loop",
     "parse_ptx",
     "parse_sass",
     "read_shares",
@@ -25,6 +27,13 @@ Shape = tuple[int, int, int]
 PTX = re.compile(r"^\s*(?:@\S+\s+)?([a-z]\w*(?:\.[\w:]+)+)\s", re.MULTILINE)
 SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 SASS_LABEL = re.compile(r"^(\.L\w+):")
+# Per thread, on numbers: neither memory, control, tensor cores nor the warp's own (U...) registers.
+ARITHMETIC = {
+    *("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "FSET", "FCHK", "DADD", "DMUL", "DFMA"),
+    *("DSETP", "HADD2", "HMUL2", "HFMA2", "HMNMX2", "HSETP2", "MUFU", "F2F", "F2FP", "F2I", "I2F"),
+    *("I2FP", "IADD3", "IMAD", "IMUL", "IMNMX", "IABS", "ISETP", "VIADD", "VIMNMX", "VIMNMX3"),
+    *("VIADDMNMX", "LEA", "LOP3", "SHF", "SEL", "PRMT", "POPC", "FLO", "BREV", "MOV"),
+}
 WIDE = re.compile(r"MMA|\.128|\.M88\.4")
 REGISTER = re.compile(r"\bR(\d+)\b")
 # A warp group's HGMMA.64x128x16 or wgmma m64n128k16, a warp's HMMA.16816 or mma m16n8k16; also of
@@ -101,6 +110,16 @@ def innermost_tensor_loops(code: Code) -> list[range]:
         for loop in loops
         if not any(inner != loop and inner[0] in loop and inner[-1] in loop for inner in loops)
     ]
+
+
+def main_loop(code: Code, num_warps: int) -> range:
+    """The innermost loop that multiplies most; empty if none does."""
+
+    def work(loop: range) -> int:
+        shapes = (tensor_shape(code.instructions[i].opcode) for i in loop)
+        return flops(filter(None, shapes), num_warps)
+
+    return max(innermost_tensor_loops(code), key=work, default=range(0))
 
 
 def is_empty(instruction: Instruction) -> bool:

@@ -5,16 +5,18 @@ from collections import Counter
 from collections.abc import Iterator
 
 from maect_fast.benchmarks.machine_code.assembly import (
+    ARITHMETIC,
     count,
     flops,
     is_empty,
+    main_loop,
     read_shares,
     tensor_shape,
 )
 from maect_fast.benchmarks.machine_code.compile import Compiled
 from maect_fast.kernels._common.launch import Limits
 
-__all__ = ["failures", "waste"]
+__all__ = ["alu_per_result", "failures", "waste"]
 
 # Which share of these PTX instructions must reach the machine code. In 116 sound compilations
 # (Triton 3.6 and 3.9; sm_80 and sm_90; products, attention forward and backward, loss, search,
@@ -47,6 +49,18 @@ def waste(limits: Limits, found: Compiled) -> float:
     """Tensor-core FLOPs that the program executes over the useful ones; 0 without products."""
     executed = flops(_shapes(found.ptx).elements(), found.num_warps)
     return executed / _useful(limits) if limits.products else 0.0
+
+
+def alu_per_result(limits: Limits, found: Compiled) -> float:
+    """Arithmetic instructions per result of the products, in the loop that multiplies most.
+
+    The products must be as long as each other (K), and all of them in that loop.
+    """
+    opcodes = [found.code.instructions[i].opcode for i in main_loop(found.code, found.num_warps)]
+    arithmetic = sum(opcode.split(".")[0] in ARITHMETIC for opcode in opcodes)
+    shapes = filter(None, map(tensor_shape, opcodes))
+    results = flops(shapes, found.num_warps) / (2 * limits.products[0][2])
+    return arithmetic * 32 * found.num_warps / results
 
 
 def _resources(limits: Limits, found: Compiled) -> Iterator[str]:
@@ -87,6 +101,13 @@ def _operations(limits: Limits, found: Compiled) -> Iterator[str]:
     opcodes = Counter(instruction.opcode for instruction in found.code.instructions)
     for name, least in limits.opcodes.items():
         yield from _at_least(name, count(opcodes, name), least)
+    loop = main_loop(found.code, found.num_warps)
+    looped = Counter(found.code.instructions[i].opcode for i in loop)
+    for name, most in limits.loop_opcodes.items():
+        yield from _at_most(f"{name} in the main loop", count(looped, name), most)
+    if limits.alu_per_result is not None:
+        per_result = alu_per_result(limits, found)
+        yield from _at_most("arithmetic per result", per_result, limits.alu_per_result)
     for name, (pattern, share) in KEPT.items():
         planned = _matching(found.ptx, pattern)
         least_kept = share * planned

@@ -8,16 +8,19 @@ from pathlib import Path
 from maect_fast.benchmarks.machine_code.assembly import (
     Code,
     count,
-    flops,
-    innermost_tensor_loops,
-    tensor_shape,
+    main_loop,
 )
 from maect_fast.benchmarks.machine_code.compile import Compiled, Job
-from maect_fast.benchmarks.machine_code.gate import waste
+from maect_fast.benchmarks.machine_code.gate import alu_per_result, waste
 
 __all__ = ["columns", "loop_mix", "markdown", "write_csv"]
 
-OPCODES = ("HGMMA", "HMMA", "LDGSTS", "SHFL", "BAR", "LDL", "STL")
+# Products of integers are in the same columns.
+OPCODES = {
+    "HGMMA": ("HGMMA", "IGMMA"),
+    "HMMA": ("HMMA", "IMMA"),
+    **{name: (name,) for name in ("LDGSTS", "SHFL", "BAR", "LDL", "STL")},
+}
 MIX_LENGTH = 8
 
 
@@ -34,12 +37,15 @@ def columns(job: Job, found: Compiled) -> dict[str, str]:
         "static shared": found.static_shared,
         "dynamic shared": found.dynamic_shared,
         "blocks/SM": found.blocks_per_sm,
-        **{name: count(opcodes, name) for name in OPCODES},
+        **{name: sum(count(opcodes, x) for x in same) for name, same in OPCODES.items()},
         "UTMA": sum(n for opcode, n in opcodes.items() if opcode.startswith("UTMA")),
         "128-bit loads": sum(
             n for opcode, n in opcodes.items() if opcode.split(".")[0] in loads and ".128" in opcode
         ),
         "waste": f"{waste(job.limits, found):.2f}" if job.limits.products else "",
+        "ALU/result": f"{alu_per_result(job.limits, found):.2f}"
+        if job.limits.alu_per_result is not None
+        else "",
         "innermost loop, per tensor-core instruction": loop_mix(found.code, found.num_warps),
     }
     return {name: str(cell) for name, cell in line.items()}
@@ -48,15 +54,11 @@ def columns(job: Job, found: Compiled) -> dict[str, str]:
 def loop_mix(code: Code, num_warps: int) -> str:
     """Instructions of the innermost loop that multiplies most: ``16 x HGMMA: LDS 1.5, ...``."""
 
-    def work(loop: range) -> int:
-        shapes = (tensor_shape(code.instructions[i].opcode) for i in loop)
-        return flops(filter(None, shapes), num_warps)
-
-    loops = innermost_tensor_loops(code)
-    if not loops:
-        return ""
-    mix = Counter(_family(code.instructions[i].opcode) for i in max(loops, key=work))
+    loop = main_loop(code, num_warps)
+    mix = Counter(_family(code.instructions[i].opcode) for i in loop)
     products = {name: mix.pop(name) for name in list(mix) if name.endswith("MMA")}
+    if not products:
+        return ""
     total = sum(products.values())
     rest = ", ".join(f"{name} {n / total:.1f}" for name, n in mix.most_common(MIX_LENGTH))
     return " + ".join(f"{n} x {name}" for name, n in products.items()) + f": {rest}"

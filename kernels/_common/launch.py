@@ -62,6 +62,10 @@ class Limits:
     """So many HMMA are admitted beside HGMMA from sm_90 on, e.g. those of a 16-row tail."""
     opcodes: Mapping[str, int] = field(default_factory=dict)
     """At least so many of each instruction, e.g. those of the epilogue: ``{"MUFU.EX2": 32}``."""
+    loop_opcodes: Mapping[str, int] = field(default_factory=dict)
+    """At most so many of each in the innermost loop that multiplies most: ``{"SHFL": 8}``."""
+    alu_per_result: float | None = None
+    """At most so many arithmetic instructions of that loop for each of its products' results."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

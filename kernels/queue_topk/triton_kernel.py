@@ -21,21 +21,25 @@ from maect_fast.kernels.queue_topk.triton_select import _finish_kernel, _select_
 
 __all__ = ["machine_code", "make_shadow", "search"]
 
+# Candidates of a row; more of them, and the row is searched by brute force.
+NUM_CANDIDATES = 512
+# By ascending K, which decides the length of a row's list.
 SELECT = tuple(
     LaunchRow(
         label=f"K up to {k}",
         num_warps=num_warps,
         num_stages=1,
-        blocks={"C": num_candidates, "BLOCK_C": 32 if k > 8 else 16, "BLOCK_D": block_d},
+        blocks={"BLOCK_C": block_c, "BLOCK_D": block_d},
         sizes={"B": 1024, "Q": 65_536, "D": 256, "K": k},
+        maxnreg=maxnreg,
         limits=Limits(registers=registers, blocks_per_sm=blocks_per_sm),
     )
-    for k, num_candidates, num_warps, block_d, registers, blocks_per_sm in (
-        (8, 16, 4, 32, 96, 5),
-        (20, 32, 4, 32, 168, 3),
-        (50, 64, 4, 32, 220, 2),
-        (100, 128, 8, 64, 255, 1),
-        (200, 256, 8, 64, 255, 1),
+    for k, block_c, num_warps, block_d, maxnreg, registers, blocks_per_sm in (
+        (16, 16, 4, 32, 144, 144, 3),
+        (32, 16, 4, 32, None, 96, 5),
+        (64, 32, 4, 32, None, 220, 2),
+        (128, 32, 8, 64, None, 216, 1),
+        (200, 32, 8, 64, None, 181, 1),
     )
 )
 FINISH = LaunchRow(
@@ -44,11 +48,11 @@ FINISH = LaunchRow(
     num_stages=1,
     blocks={"BLOCK_Q": 32, "BLOCK_D": 64},
     sizes={"B": 1024, "Q": 65_536, "D": 256, "K": 20},
-    limits=Limits(registers=255),
+    limits=Limits(registers=128, blocks_per_sm=4),
 )
-# A search beside its result: group maxima of as many rows at a time as fit into so many bytes, and
-# of a queue without a shadow so many bytes of it at a time.
-GROUP_BYTES = 14 << 20
+# Memory of a search: maxima and candidates of as many rows at a time as fit into so many bytes, and
+# of a queue without a shadow so many bytes of one at a time.
+ROW_BYTES = 15 << 20
 SHADOW_BYTES = 64 << 20
 
 
@@ -88,7 +92,7 @@ def search(
     n, D = query.shape[-2:]
     Q = len(queue)
     select = select or next(row for row in SELECT if k <= row.sizes["K"])
-    C, L = select.blocks["C"], max(16, triton.next_power_of_2(k))
+    L = max(16, triton.next_power_of_2(k))
     rows = query.reshape(-1, D)
     values, indices = (x.view(-1, k) for x in out[:2])
     picked, hit = out[2].view(-1), out[4].view(-1)
@@ -101,12 +105,12 @@ def search(
     part = Q if shadow else min(Q, max(1, tiles) * TILE.value)
     span = span_of(part)
     G = num_groups(part, span)
-    block = max(1, GROUP_BYTES // (6 * G))
+    block = max(1, ROW_BYTES // (6 * G + 4 * NUM_CANDIDATES))
     # Of a queue in parts, one search's lists are where the next begins.
     lists = rows.new_empty((2 if part < Q else 1, len(rows), L), dtype=torch.int64)
     first = rows.new_empty((min(block, len(rows)), G), dtype=torch.float32)
     second = torch.empty_like(first, dtype=torch.int16)
-    candidate = rows.new_empty((len(first), C), dtype=torch.int32)
+    candidate = rows.new_empty((len(first), NUM_CANDIDATES), dtype=torch.int32)
     verdict = rows.new_empty((len(first), 2), dtype=torch.float32)
     with torch.cuda.device_of(query):
         for i, offset in enumerate(range(0, Q, part)):
@@ -141,6 +145,7 @@ def search(
                     SPAN=span,
                     IS_INT8=copy.dtype == torch.int8,
                     L=L,
+                    C=NUM_CANDIDATES,
                     BLOCK_G=triton.next_power_of_2(G),
                     **select.options,
                 )

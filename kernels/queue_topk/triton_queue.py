@@ -124,8 +124,9 @@ def _tile_kernel(
             c = tl.where(tl.abs(c) < float("inf"), c, 0.0)
             largest = tl.maximum(largest, tl.max(tl.abs(c), axis=1))
         scale = tl.maximum(tl.max(largest), 1e-30) / 127
-    square = tl.zeros((BLOCK_Q,), tl.float32)
-    residual = tl.zeros((BLOCK_Q,), tl.float32)
+    # In fp64 no square vanishes.
+    square = tl.zeros((BLOCK_Q,), tl.float64)
+    residual = tl.zeros((BLOCK_Q,), tl.float64)
     for d in range(0, PADDED_D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         c = _slice(queue_ptrs, rows_ptrs, norm, in_queue, in_rows, d, D, IS_UPDATE, BLOCK_D)
@@ -141,18 +142,18 @@ def _tile_kernel(
                 stored = c.to(tl.float16)
                 rounded = stored.to(tl.float32)
             tl.store(shadow_ptr + slot[:, None] * PADDED_D + offs_d[None, :], stored)
-            square += tl.sum(c * c, axis=1)
-            residual += tl.sum((c - rounded) * (c - rounded), axis=1)
+            distance = c.to(tl.float64) - rounded.to(tl.float64)
+            square += tl.sum(c.to(tl.float64) * c.to(tl.float64), axis=1)
+            residual += tl.sum(distance * distance, axis=1)
     if HAS_SHADOW:
-        # A row with NaN has no score, so its rounding matters to none. One with an infinity or too
-        # large for the shadow has no bound, so the search does without the shadow.
+        # A row with NaN has no score, so its rounding matters to none. One with an infinity, or too
+        # large for the shadow, has no bound: the search then does without the shadow.
         is_nan = square != square
-        residual = tl.where(square == float("inf"), square, residual)
         residual = tl.where(residual != residual, float("inf"), residual)
         residual, square = tl.where(is_nan, 0.0, residual), tl.where(is_nan, 0.0, square)
         bound_ptrs = bound_ptr + tile * 3
-        tl.store(bound_ptrs, tl.sqrt(tl.max(residual)))
-        tl.store(bound_ptrs + 1, tl.sqrt(tl.max(square)))
+        tl.store(bound_ptrs, tl.sqrt(tl.max(residual)).to(tl.float32))
+        tl.store(bound_ptrs + 1, tl.sqrt(tl.max(square)).to(tl.float32))
         tl.store(bound_ptrs + 2, scale)
 
 
@@ -162,7 +163,6 @@ def _advance_kernel(pointer_ptr, B, Q):
     tl.store(pointer_ptr, (tl.load(pointer_ptr) + B) % Q)
 
 
-LIMITS = Limits(registers=255, opcodes={"STG": 1})
 TILES = (
     LaunchRow(
         label="D 256",
@@ -170,7 +170,7 @@ TILES = (
         num_stages=1,
         blocks={"BLOCK_Q": TILE.value, "BLOCK_D": 32},
         sizes={"B": 1024, "Q": 65_536, "D": 256},
-        limits=LIMITS,
+        limits=Limits(registers=114, blocks_per_sm=2),
     ),
 )
 ADVANCE = LaunchRow(
@@ -179,7 +179,7 @@ ADVANCE = LaunchRow(
     num_stages=1,
     blocks={},
     sizes={"B": 1024, "Q": 65_536, "D": 256},
-    limits=LIMITS,
+    limits=Limits(registers=20, blocks_per_sm=32),
 )
 
 

@@ -124,7 +124,7 @@ def _margin(
             offs_d = d + tl.arange(0, BLOCK_D)
             x = tl.load(query_ptr + offs_d, offs_d < D, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(tl.div_rn(x, norm))))
-    square, residual = 0.0, 0.0
+    square, residual = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         x = tl.load(query_ptr + offs_d, offs_d < D, other=0.0).to(tl.float32)
@@ -133,6 +133,7 @@ def _margin(
             rounded = tl.floor(unit * (127 / largest) + 0.5) * (largest / 127)
         else:
             rounded = unit.to(tl.float16).to(tl.float32)
+        rounded, unit = rounded.to(tl.float64), unit.to(tl.float64)
         square += tl.sum(rounded * rounded)
         residual += tl.sum((unit - rounded) * (unit - rounded))
     furthest, longest = 0.0, 0.0
@@ -145,9 +146,10 @@ def _margin(
         )
     # Sums of D products, the tag, and what normalising in another order changes.
     relative = D * 2.0**-22 + (MASK + 1) * 2.0**-23 + 2.0**-20
-    norm_q = tl.sqrt(square)
-    margin = tl.sqrt(residual) * longest + norm_q * furthest
-    return 1.001 * (margin + relative * norm_q * (longest + furthest))
+    norm_q = tl.sqrt(square).to(tl.float32)
+    margin = tl.sqrt(residual).to(tl.float32) * longest + norm_q * furthest
+    # No product of these numbers that vanishes is larger than the last one.
+    return 1.001 * (margin + relative * norm_q * (longest + furthest)) + SMALLEST
 
 
 @triton.jit(do_not_specialize=["start", "n", "k", "offset", "end"])
