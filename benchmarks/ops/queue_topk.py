@@ -25,7 +25,7 @@ from maect_fast.benchmarks.registry import (
     UnavailableError,
     import_peer,
 )
-from maect_fast.kernels import Pick, QueueState, TopK, queue_topk
+from maect_fast.kernels import Pick, QueueState, TopK, queue_topk, with_shadow
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels.queue_topk import op
 from maect_fast.testing import error_budget, random_queue, unit_rows
@@ -164,8 +164,12 @@ def _finish(x: Inputs, mode: str, search: Search) -> Call:
 
 @OP.provider(OURS)
 def ours(x: Inputs, mode: str) -> Call:
+    return _ours(x, mode, with_shadow(x.state) if x.query.is_cuda else x.state)
+
+
+def _ours(x: Inputs, mode: str, state: QueueState) -> Call:
     def topk() -> TopK:
-        return queue_topk(x.query, x.state, k=x.k, query_id=x.query_id)
+        return queue_topk(x.query, state, k=x.k, query_id=x.query_id)
 
     # On the device, as a captured step needs it.
     step = torch.zeros((), dtype=torch.int64, device=x.query.device)
@@ -173,7 +177,7 @@ def ours(x: Inputs, mode: str) -> Call:
     def find_nn() -> TopK:
         return queue_topk(
             x.query,
-            x.state,
+            state,
             k=x.k,
             query_id=x.query_id,
             query_label=x.query_label,
@@ -186,6 +190,8 @@ def ours(x: Inputs, mode: str) -> Call:
 @OP.provider(f"{OURS} int8")
 def ours_int8(x: Inputs, mode: str) -> Call:
     """The candidates scored in int8; the result is the same."""
+    if x.query.is_cuda:
+        return _ours(x, mode, with_shadow(x.state, dtype=torch.int8))
     return _ours_by(x, mode, [name for name in _simds(x) if name.endswith("vnni")])
 
 

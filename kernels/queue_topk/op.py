@@ -30,6 +30,8 @@ def triton_obstacle(query: Tensor, queue: Tensor, k: int) -> str | None:
     """Why the Triton kernels cannot search this, or None."""
     if k > MAX_K:
         return f"takes k up to {MAX_K}, got {k}"
+    if queue.stride(1) != 1 and queue.shape[1] > 1:
+        return f"takes a queue whose last stride is 1, got strides {queue.stride()}"
     return gpu.obstacle(query, queue)
 
 
@@ -104,6 +106,8 @@ def search_triton(
     if rank is not None:
         reference.check_ranks(rank, k)
         rank = rank.to(query.device)
+    if query.stride(-1) != 1:
+        query = query.contiguous()
     has_pick = rank is not None or len(draw) > 0
     out = _allocate(query, queue, k, has_pick=has_pick, has_label=query_label is not None)
     if query.numel() == 0:
@@ -227,6 +231,7 @@ def enqueue(
 
     # Rows of any dtype: the kernel widens or narrows them to fp32.
     small = (None if x is None else x.contiguous() for x in (sample_id, label))
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     triton_queue.enqueue(*buffers, shadow, bound, rows, *small)
 
 

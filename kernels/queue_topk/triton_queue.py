@@ -60,8 +60,9 @@ def _slice(
     c = tl.load(queue_ptrs[:, None] + offs_d[None, :], in_queue[:, None] & mask_d, other=0.0)
     c = c.to(tl.float32)
     if IS_UPDATE:
-        x = tl.load(rows_ptrs[:, None] + offs_d[None, :], in_rows[:, None] & mask_d, other=0.0)
-        c = tl.where(in_rows[:, None], tl.div_rn(x.to(tl.float32), norm[:, None]), c)
+        mask = in_rows[:, None] & mask_d
+        x = tl.load(rows_ptrs[:, None] + offs_d[None, :], mask, other=0.0)
+        c = tl.where(mask, tl.div_rn(x.to(tl.float32), norm[:, None]), c)
     return c
 
 

@@ -280,9 +280,10 @@ def _select_kernel(
 
     # What was left out scores below cut + margin.
     is_right = (count <= C) & (kth > -INFINITY) & (kth >= cut + margin)
+    # Without a margin, no group maximum tells anything.
+    margin = tl.where(is_stale, INFINITY, margin)
     reach = tl.where(margin < INFINITY, kth - margin, -INFINITY)
-    reach = tl.where(is_right, INFINITY, reach)
-    tl.store(verdict_ptr + row * 2, tl.where(is_stale, -INFINITY, reach))
+    tl.store(verdict_ptr + row * 2, tl.where(is_right & (margin < INFINITY), INFINITY, reach))
     tl.store(verdict_ptr + row * 2 + 1, margin)
 
 
