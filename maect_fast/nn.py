@@ -112,10 +112,14 @@ class FeatureQueue(nn.Module):
 
 
 def _renew_shadow(queue: FeatureQueue, _: object = None) -> None:
-    """Round the queue anew after it was moved or loaded."""
+    """Round the queue anew, after it was moved or loaded."""
     queue._shadow = None
-    if queue.queue.is_cuda:
+    if _is_on_gpu(queue.queue):
         queue._shadow = with_shadow(queue.state, dtype=queue.shadow_dtype).shadow
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 class NNCLROutput(NamedTuple):

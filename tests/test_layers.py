@@ -13,7 +13,15 @@ KERNELS = ROOT / "kernels"
 PACKAGE = "maect_fast.kernels"
 
 # A file of an op imports only files further down, never one beside it.
-RANK = {"__init__": 7, "api": 6, "op": 5, "triton_kernel": 4, "reference": 4, "_common": 0}
+RANK = {
+    "__init__": 7,
+    "api": 6,
+    "buffer": 6,
+    "op": 5,
+    "triton_kernel": 4,
+    "reference": 4,
+    "_common": 0,
+}
 # Parts of the search's triton_kernel.py, each on the ones before.
 RANK |= {"triton_queue": 1, "triton_score": 2, "triton_select": 3}
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)

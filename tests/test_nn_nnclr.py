@@ -1,3 +1,4 @@
+import copy
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from maect_fast.kernels import Pick, info_nce, queue_topk
+from maect_fast import nn
+from maect_fast.kernels import Pick, info_nce, queue_topk, with_shadow
 from maect_fast.nn import FeatureQueue, NNCLRLoss
 from maect_fast.testing import unit_rows
 
@@ -47,6 +49,37 @@ def test_buffers_have_the_official_names() -> None:
     }
     assert list(make_loss().state_dict()) == [f"queue.{name}" for name in shapes]
     assert not list(make_loss().parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_on_a_gpu_the_queue_keeps_a_shadow(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded anew after a move and a load, kept up by enqueue, no part of the state dict."""
+    queue, other = FeatureQueue(Q, D, shadow=dtype), FeatureQueue(Q, D, shadow=dtype)
+    assert queue.to("cpu").state.shadow is None
+    monkeypatch.setattr(nn, "_is_on_gpu", lambda x: x.device.type == "cpu")
+
+    def assert_up_to_date() -> None:
+        assert queue.state.shadow is not None
+        anew = with_shadow(queue.state, dtype=dtype).shadow
+        assert anew is not None
+        assert queue.state.shadow.rows.dtype == dtype
+        for mine, theirs in zip(queue.state.shadow, anew, strict=True):
+            assert torch.equal(mine, theirs)
+
+    queue.to("cpu")
+    assert_up_to_date()
+    queue.enqueue(unit_rows(7, D), sample_id=torch.arange(7))
+    assert_up_to_date()
+    queue.load_state_dict(other.state_dict())
+    assert_up_to_date()
+    assert list(queue.state_dict()) == ["queue", "queue_y", "queue_id", "queue_ptr"]
+    query = unit_rows(3, D, seed=8)
+    found = queue_topk(query, queue.state, k=K, backend="triton")
+    assert torch.equal(found.indices, other.search(query, k=K).indices)
+    monkeypatch.undo()
+    assert copy.deepcopy(queue).to("cpu").state.shadow is None
 
 
 def test_queue_starts_with_random_unit_rows_of_nobody() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_tensor", "expect"]
+__all__ = ["check_int64", "check_tensor", "expect"]
 
 
 def expect(
@@ -49,3 +49,10 @@ def check_tensor(
     expect(x.device == like.device, name, like.device, x.device)
     if x.is_floating_point():
         expect(x.stride(-1) == 1 or x.numel() < 2, name, "a last stride of 1", x.stride())
+
+
+def check_int64(name: str, entries: Tensor | None, shape: Sequence[int]) -> None:
+    """Refuse another dtype or shape; None is fine, and so is any device."""
+    if entries is not None and (entries.dtype != torch.int64 or entries.shape != shape):
+        expected, got = f"torch.int64 {list(shape)}", f"{entries.dtype} {list(entries.shape)}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -1,14 +1,14 @@
-"""Public functions: exact nearest-neighbour search in a ring buffer, and the buffer's update."""
+"""Public function: exact nearest-neighbour search in a ring buffer."""
 
-import torch
 from torch import Tensor
 
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
+from maect_fast.kernels._common.checks import check_int64
 from maect_fast.kernels.queue_topk import op, reference
-from maect_fast.kernels.queue_topk.reference import Pick, QueueState, Shadow, TopK
+from maect_fast.kernels.queue_topk.reference import Pick, QueueState, TopK
 
-__all__ = ["enqueue", "queue_topk", "with_shadow"]
+__all__ = ["queue_topk"]
 
 
 def queue_topk(
@@ -28,6 +28,7 @@ def queue_topk(
     Sorted by (score descending, slot ascending). A slot with the query's own id scores exactly -1
     and comes last: it is returned only when fewer than k others exist. NaN scores rank, and return,
     as -inf; slots are always valid. Temporary memory grows with neither n nor Q. No gradient.
+    On CUDA a QueueState `with_shadow` is searched faster.
 
     Args:
         query: [n, D] or [V, n, D] (views, searched in one pass), any float dtype; normalised inside
@@ -41,7 +42,8 @@ def queue_topk(
         query_label: int64 [n], shared by the views; negative = none, never a hit. Needs `pick`.
         pick: chooses one neighbour per row: a Pick draws it, an int64 tensor of the query's shape
             without D replays ranks (0 = nearest) drawn elsewhere.
-        backend: "auto" is "cpp" on the CPU, else "reference"; "triton" is not built yet.
+        backend: "auto" is "cpp" on the CPU and "triton" on CUDA; "reference" for what they cannot
+            take: fp64, on CUDA also k > 200, D > 8192 and a queue whose last stride is not 1.
 
     Returns:
         TopK: values, indices [.., k]; with `pick` the chosen slots and rows, with labels the hits.
@@ -49,7 +51,7 @@ def queue_topk(
     Raises:
         ValueError: shapes or dtypes that do not fit, k outside 1 .. Q, ids or labels on one side
             only, ranks (on the CPU) outside 0 .. k-1.
-        RuntimeError: a backend that is not built, or "cpp" for what is fp64 or not on the CPU.
+        RuntimeError: a backend asked for by name that cannot take these tensors.
 
     Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: losses/nnclr_loss.py (find_nn).
     """
@@ -60,13 +62,6 @@ def queue_topk(
         queue_id = None if query_id is None else queue.queue_id
         queue_label = None if query_label is None else queue.queue_y
         shadow, queue = queue.shadow or (), queue.queue
-    rows: Tensor = queue
-    check_backend(
-        "queue_topk",
-        backend,
-        triton=lambda: op.triton_obstacle(query, rows, k),
-        cpp=lambda: cpp.obstacle(query, rows),
-    )
     if query.ndim not in (2, 3) or queue.ndim != 2 or query.shape[-1] != queue.shape[1]:
         shapes = f"{list(query.shape)} and {list(queue.shape)}"
         raise ValueError(f"query, queue: expected [n, D] or [V, n, D] and [Q, D], got {shapes}")
@@ -74,18 +69,25 @@ def queue_topk(
         raise ValueError(f"query, queue: expected floats, got {query.dtype} and {queue.dtype}")
     if not 1 <= k <= queue.shape[0]:
         raise ValueError(f"k: expected 1 .. {queue.shape[0]} (rows of the queue), got {k}")
+    rows: Tensor = queue
+    check_backend(
+        "queue_topk",
+        backend,
+        triton=lambda: op.triton_obstacle(query, rows, k),
+        cpp=lambda: cpp.obstacle(query, rows),
+    )
     for key, mine, theirs in (("id", query_id, queue_id), ("label", query_label, queue_label)):
         if (mine is None) != (theirs is None):
             raise ValueError(f"query_{key}, queue_{key}: expected both or neither, got one")
-        _check_int64(f"query_{key}", mine, query.shape[-2:-1])
-        _check_int64(f"queue_{key}", theirs, queue.shape[:1])
+        check_int64(f"query_{key}", mine, query.shape[-2:-1])
+        check_int64(f"queue_{key}", theirs, queue.shape[:1])
     if query_label is not None and pick is None:
         raise ValueError("query_label: expected a pick with it, as its choice is what labels judge")
     draw: list[Tensor] = []
     if isinstance(pick, Pick):
         draw = op.pick_arguments(pick, query.device)
     rank = pick if isinstance(pick, Tensor) else None
-    _check_int64("pick", rank, query.shape[:-1])
+    check_int64("pick", rank, query.shape[:-1])
     tensors = (query_id, queue_id, query_label, queue_label)
     if backend == "reference":
         if draw:
@@ -94,52 +96,3 @@ def queue_topk(
     found = op.queue_topk(query.detach(), queue.detach(), k, *tensors, rank, draw, shadow, backend)
     # What was not asked for is an empty tensor, as an op cannot return None.
     return TopK(*found[: 2 if pick is None else 4 if query_label is None else 5])
-
-
-def enqueue(
-    state: QueueState, rows: Tensor, *, sample_id: Tensor | None = None, label: Tensor | None = None
-) -> None:
-    """Write ``normalize(rows[i])``, its id and label to slot ``(ptr + i) mod Q``; advance ptr by B.
-
-    In place, without waiting for the device. Of B > Q rows the last Q stay. NaN rows are stored as
-    they come (a search ranks them last), zero rows stay zero.
-
-    Args:
-        state: the ring buffer.
-        rows: [B, D], any float dtype; normalised in at least fp32 (eps 1e-12).
-        sample_id: int64 [B]; None writes -1, and so with `label`.
-        label: int64 [B].
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit.
-
-    Source: ml-jku/MAE-CT: models/contrastive_heads/base/contrastive_head_base.py.
-    """
-    if rows.ndim != 2 or rows.shape[1] != state.queue.shape[1] or not rows.is_floating_point():
-        expected = f"floats [B, {state.queue.shape[1]}]"
-        raise ValueError(f"rows: expected {expected}, got {rows.dtype} {list(rows.shape)}")
-    _check_int64("sample_id", sample_id, rows.shape[:1])
-    _check_int64("label", label, rows.shape[:1])
-    op.enqueue(*state[:4], *(state.shadow or (None, None)), rows.detach(), sample_id, label)
-
-
-def with_shadow(state: QueueState, *, dtype: torch.dtype = torch.float16) -> QueueState:
-    """The same buffers and, where Triton kernels search, a rounded copy kept up by `enqueue`.
-
-    It makes searches faster and changes no result. After the queue has changed by other means than
-    `enqueue`, make a new one.
-
-    Args:
-        state: with an fp32 queue.
-        dtype: torch.float16, or torch.int8: faster products, but more candidates.
-    """
-    if op.triton_obstacle(state.queue, state.queue, 1) is not None:
-        return state
-    return state._replace(shadow=Shadow(*op.make_shadow(state.queue, dtype)))
-
-
-def _check_int64(name: str, entries: Tensor | None, shape: torch.Size) -> None:
-    """Refuse another dtype or shape; None is fine."""
-    if entries is not None and (entries.dtype != torch.int64 or entries.shape != shape):
-        expected, got = f"torch.int64 {list(shape)}", f"{entries.dtype} {list(entries.shape)}"
-        raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -22,14 +22,17 @@ __all__ = [
     "triton_obstacle",
 ]
 
-# Of the Triton kernels; a larger k is for the reference.
-MAX_K = 200
+# Of the Triton kernels; what is larger is for the reference. Sums of so many products of int8, with
+# a number in front, are 32-bit integers.
+MAX_K, MAX_D = 200, 8192
 
 
 def triton_obstacle(query: Tensor, queue: Tensor, k: int) -> str | None:
     """Why the Triton kernels cannot search this, or None."""
     if k > MAX_K:
         return f"takes k up to {MAX_K}, got {k}"
+    if queue.shape[1] > MAX_D:
+        return f"takes rows of up to {MAX_D} features, got {queue.shape[1]}"
     if queue.stride(1) != 1 and queue.shape[1] > 1:
         return f"takes a queue whose last stride is 1, got strides {queue.stride()}"
     return gpu.obstacle(query, queue)

@@ -132,6 +132,7 @@ def _score_kernel(
     """
     WIDTH: tl.constexpr = BLOCK_Q // PARTS
     COUNT: tl.constexpr = WIDTH // STRIDE // PAIR
+    MEMBERS: tl.constexpr = PARTS * COUNT
     TILES: tl.constexpr = SPAN // BLOCK_Q
     MASK: tl.constexpr = SPAN // STRIDE // PAIR - 1
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -152,7 +153,7 @@ def _score_kernel(
     best = tl.full((BLOCK_B, STRIDE), -INFINITY, tl.float32)
     other = tl.full((BLOCK_B, STRIDE), -INFINITY, tl.float32)
     for tile in tl.range(start, tl.minimum(start + per_program, num_tiles)):
-        number = (tile % TILES) * (PARTS * COUNT)
+        number = (tile % TILES) * MEMBERS
         for part in tl.static_range(PARTS):
             # One scalar and offsets that do not change: the copies need no addresses of their own.
             c_ptr = shadow_ptr + (tl.cast(tile, tl.int64) * PARTS + part) * (WIDTH * PADDED_D)
@@ -169,7 +170,7 @@ def _score_kernel(
             score = tl.max(pairs, axis=2).reshape(BLOCK_B, COUNT * STRIDE)
             if IS_INT8:
                 # Exact: |score| <= 127 * 127 * D.
-                key = score * (PARTS * COUNT) + (pair + part * COUNT)[None, :]
+                key = score * MEMBERS + (pair + part * COUNT)[None, :]
             else:
                 # The numbers are no constants: that makes clearing and setting one instruction.
                 key = _tag(score, (number + part * COUNT + pair)[None, :], MASK)
@@ -181,12 +182,13 @@ def _score_kernel(
                 first = tl.maximum(first, one)
         if IS_INT8:
             scale = tl.load(bound_ptr + tile * BLOCK_Q // TILE * 3 + 2) * (largest / 127)[:, None]
-            member = number + (first & (PARTS * COUNT - 1))
-            first = _tag((first // (PARTS * COUNT)).to(tl.float32) * scale, member, MASK)
-            second = (second // (PARTS * COUNT)).to(tl.float32) * scale
-        rest = tl.maximum(tl.maximum(other, second), tl.minimum(best, first))
+            member, rest = first & (MEMBERS - 1), second & (MEMBERS - 1)
+            first = ((first - member) // MEMBERS).to(tl.float32) * scale
+            first = _tag(first, number + member, MASK)
+            second = ((second - rest) // MEMBERS).to(tl.float32) * scale
+        both = tl.maximum(tl.maximum(other, second), tl.minimum(best, first))
         is_new = tile % TILES == 0
-        other = tl.where(is_new, second, rest)
+        other = tl.where(is_new, second, both)
         best = tl.where(is_new, first, tl.maximum(best, first))
         if (tile % TILES == TILES - 1) | (tile == num_tiles - 1):
             offs_g = (tile // TILES) * STRIDE + tl.arange(0, STRIDE)

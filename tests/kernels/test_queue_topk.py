@@ -413,6 +413,8 @@ def test_backends_that_cannot_run_say_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
         queue_topk(query.double(), queue, k=3, backend="triton")
     with pytest.raises(RuntimeError, match="backend 'triton' takes k up to 200, got 201"):
         queue_topk(torch.ones(4, 8), unit_rows(201, 8), k=201, backend="triton")
+    with pytest.raises(RuntimeError, match="'triton' takes rows of up to 8192 features, got 8193"):
+        queue_topk(torch.ones(1, 8193), torch.ones(3, 8193), k=3, backend="triton")
     with pytest.raises(RuntimeError, match="backend 'triton' runs on CUDA, got a tensor on meta"):
         queue_topk(query.to("meta"), queue, k=3, backend="triton")
     with monkeypatch.context() as compiled:
@@ -1140,6 +1142,14 @@ def test_enqueue_errors(rows: Tensor, ids: Tensor | None, message: str) -> None:
     state = random_queue(5, 4, num_ids=5, num_classes=2)
     with pytest.raises(ValueError, match=message):
         enqueue(state, rows, sample_id=ids)
+
+
+def test_a_shadow_is_made_where_triton_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = random_queue(5, 4, num_ids=5, num_classes=2)
+    with pytest.raises(ValueError, match=r"dtype: expected torch\.float16 or torch\.int8, got"):
+        with_shadow(state, dtype=torch.bfloat16)
+    monkeypatch.setattr(gpu, "_interprets", lambda: False)
+    assert with_shadow(state) is state
 
 
 # Registration.
