@@ -212,6 +212,24 @@ def test_each_broken_limit_is_named(limits: Limits, found: Compiled, message: st
     assert [line for line in failures(limits, 90, found) if line.startswith(message)]
 
 
+def test_the_main_loop_has_limits_of_its_own() -> None:
+    """Three arithmetic instructions of 128 threads for two products of 64 x 16."""
+    looped = replace(SOUND, code=parse_sass(listing([*LOOP, "SHFL R4, R5"], slice(0, 6))))
+    limits = replace(LIMITS, max_waste=2, loop_opcodes={"FADD": 1, "SHFL": 0})
+    assert failures(replace(limits, alu_per_result=0.1875), 90, looped) == failures(
+        replace(LIMITS, max_waste=2), 90, looped
+    )
+    strict = replace(limits, loop_opcodes={"FADD": 0, "SHFL": 0}, alu_per_result=0.187)
+    found = [
+        line for line in failures(strict, 90, looped) if "main loop" in line or "per r" in line
+    ]
+    assert found == [
+        "FADD in the main loop: found 1, expected at most 0",
+        "arithmetic per result: found 0.1875, expected at most 0.187",
+    ]
+    assert any("arithmetic per result: found inf" in x for x in failures(strict, 90, SOUND))
+
+
 def test_the_compiler_may_leave_out_padding() -> None:
     """Warps' products of a masked tail go, as long as the useful ones stay."""
     mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -256,6 +274,22 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         timeout=600,
         check=False,
     )
+
+
+def test_a_block_may_do_without_shared_memory() -> None:
+    """Then the cubin of sm_90 does not count what the system takes either."""
+    module = "maect_fast.kernels.queue_topk.triton_kernel"
+    source = (
+        f"from importlib import import_module; kernels = import_module('{module}')\n"
+        "from maect_fast.benchmarks.machine_code.compile import compile_job, jobs\n"
+        "launches = [x for x in kernels.machine_code(90) if x.row.label == 'pointer']\n"
+        "(job,) = jobs('queue_topk', launches[0], 90)\n"
+        "found = compile_job(job)\n"
+        "assert found.static_shared == found.dynamic_shared == 0\n"
+        "assert found.blocks_per_sm == 32\n"
+    )
+    done = python("-c", source)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

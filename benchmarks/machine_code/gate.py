@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from math import inf
 
 from maect_fast.benchmarks.machine_code.assembly import (
     ARITHMETIC,
@@ -54,13 +55,14 @@ def waste(limits: Limits, found: Compiled) -> float:
 def alu_per_result(limits: Limits, found: Compiled) -> float:
     """Arithmetic instructions per result of the products, in the loop that multiplies most.
 
-    The products must be as long as each other (K), and all of them in that loop.
+    The products must be as long as each other (K), and all of them in that loop. Infinite without
+    such a loop.
     """
     opcodes = [found.code.instructions[i].opcode for i in main_loop(found.code, found.num_warps)]
     arithmetic = sum(opcode.split(".")[0] in ARITHMETIC for opcode in opcodes)
     shapes = filter(None, map(tensor_shape, opcodes))
     results = flops(shapes, found.num_warps) / (2 * limits.products[0][2])
-    return arithmetic * 32 * found.num_warps / results
+    return arithmetic * 32 * found.num_warps / results if results else inf
 
 
 def _resources(limits: Limits, found: Compiled) -> Iterator[str]:
