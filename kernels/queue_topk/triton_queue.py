@@ -171,7 +171,7 @@ TILES = (
         num_stages=1,
         blocks={"BLOCK_Q": TILE.value, "BLOCK_D": 32},
         sizes={"B": 1024, "Q": 65_536, "D": 256},
-        limits=Limits(registers=114, blocks_per_sm=2),
+        limits=Limits(registers=120, blocks_per_sm=2),
     ),
 )
 ADVANCE = LaunchRow(
