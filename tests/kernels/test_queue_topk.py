@@ -714,6 +714,41 @@ def count_rescues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+@pytest.mark.parametrize(("B", "Q", "D"), [(3, 500, 64), (1, 129, 37), (66, 300, 300)])
+def test_group_maxima_are_those_of_the_scores(
+    B: int, Q: int, D: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """First and second maxima of strided groups of pairs, in spans of two tiles."""
+    from maect_fast.kernels.queue_topk import triton_score
+
+    query, queue = unit_rows(B, D, seed=1).to(device), unit_rows(Q, D, seed=2).to(device)
+    rows, bound = op.make_shadow(queue, dtype)
+    first = query.new_empty(B, triton_score.num_groups(Q, 256))
+    second = torch.empty_like(first, dtype=torch.int16)
+    triton_score.score(query, rows, bound, first, second, num_slots=Q, span=256)
+    if dtype == torch.int8:
+        unit = query.double().abs().amax(1, keepdim=True) / 127
+        rounded = (query / unit).round() * unit
+    else:
+        rounded = query.half().double()
+    scale = bound[:, 2].repeat_interleave(128).double()
+    score = rounded @ (rows[:, :D].double() * scale[:, None]).T
+    score = torch.nn.functional.pad(score, (0, -score.shape[1] % 256), value=-torch.inf)
+    # [B, spans, pairs, pair, groups of a span] to maxima of pairs, and these by group.
+    pairs = score.view(B, -1, 16, 2, 8).amax(3)
+    first, second = first.view(B, -1, 8), (second.int() << 16).view(torch.float32).view(B, -1, 8)
+    number = (first.view(torch.int32) & 15).long()
+    # The query is normalised once more, so that a feature may be rounded otherwise.
+    slack = 1e-5 if dtype == torch.float16 else 1e-3
+    tagged = pairs.gather(2, number[:, :, None]).squeeze(2)
+    for best in (tagged, pairs.amax(2)):
+        assert torch.allclose(first.double(), best, rtol=2.0**-18, atol=slack)
+    rest = pairs.scatter(2, number[:, :, None], -torch.inf).amax(2)
+    assert (second >= rest - slack).all()
+    assert (second <= rest + rest.abs() / 128 + slack).all()
+
+
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 @pytest.mark.parametrize("kind", QUEUES)
 @pytest.mark.parametrize(("k", "D"), [(20, 37), (1, 64)])
 def test_triton_gives_the_bits_of_fp64(
