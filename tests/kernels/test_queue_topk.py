@@ -181,6 +181,14 @@ def test_infinite_entries_rank_by_sign(search: Search, device: torch.device) -> 
     assert found.values.tolist() == [[torch.inf, 0.5, -torch.inf, -torch.inf]]
 
 
+def test_both_zeros_are_one_score(search: Search, device: torch.device) -> None:
+    """The first slot's score is -1e-46, which rounds to -0."""
+    queue = torch.tensor([[0, 1e-40], [0, -1e-40], [0, 0], [-1, 0]], device=device)
+    found = search(torch.tensor([[1, -1e-6]], device=device), queue, k=4)
+    assert found.indices.tolist() == [[0, 1, 2, 3]]
+    assert found.values.tolist() == [[0, 0, 0, -1]]
+
+
 def test_zero_query_scores_zero(search: Search, device: torch.device) -> None:
     found = search(torch.zeros(2, 8, device=device), unit_rows(9, 8, device=device), k=3)
     assert found.indices.tolist() == [[0, 1, 2]] * 2
