@@ -13,7 +13,15 @@ KERNELS = ROOT / "kernels"
 PACKAGE = "maect_fast.kernels"
 
 # A file of an op imports only files further down, never one beside it.
-RANK = {"__init__": 4, "api": 3, "op": 2, "triton_kernel": 1, "reference": 1, "_common": 0}
+RANK = {
+    "__init__": 4,
+    "api": 3,
+    "symmetric": 3,
+    "op": 2,
+    "triton_kernel": 1,
+    "reference": 1,
+    "_common": 0,
+}
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
 TRITON_FILES = {"triton_kernel", "_common"}
 

@@ -129,7 +129,7 @@ def compile_job(job: Job) -> Compiled:
     registers, stack, shared = (
         int(size) for size in re.findall(r"(?:REG|STACK|SHARED):(\d+)", usage)
     )
-    static_shared = shared - (RESERVED_SHARED if job.arch >= 90 else 0)
+    static_shared = max(0, shared - (RESERVED_SHARED if job.arch >= 90 else 0))
     dynamic_shared: int = binary.metadata.shared
     num_warps: int = binary.metadata.num_warps
     return Compiled(
