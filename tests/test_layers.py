@@ -20,10 +20,11 @@ RANK = {
     "op": 2,
     "triton_kernel": 1,
     "reference": 1,
+    "triton_device": 0,
     "_common": 0,
 }
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
-TRITON_FILES = {"triton_kernel", "_common"}
+TRITON_FILES = {"triton_kernel", "triton_device", "_common"}
 
 FRONT_END_PACKAGES = (
     *("timm", "torchvision", "sklearn", "scipy", "omegaconf", "yaml", "matplotlib", "tqdm"),
@@ -96,6 +97,8 @@ def broken_rule(op: str, file: str, name: str, *, top_level: bool) -> str | None
         return "an op imports no other op"
     if RANK[other_file] >= RANK[file]:
         return "imports run api -> op -> {triton_kernel, cpu, reference} -> _common"
+    if other_file == "triton_device":
+        return None if file == "triton_kernel" else "only triton_kernel.py launches kernels"
     if other_file == "triton_kernel" and (file != "op" or top_level):
         return "only op.py imports the Triton launchers, and lazily"
     return None
@@ -130,6 +133,8 @@ def test_kernels_import_one_way(path: Path) -> None:
         ("info_nce/op.py", "from maect_fast.kernels.queue_topk.reference import queue_topk"),
         ("info_nce/op.py", "from ..queue_topk import api"),
         ("info_nce/op.py", "from .triton_kernel import forward"),
+        ("info_nce/op.py", "def f():\n    from .triton_device import kernel"),
+        ("info_nce/triton_device.py", "from .triton_kernel import forward"),
         ("info_nce/api.py", "def f():\n    from .triton_kernel import forward"),
         ("info_nce/op.py", "def f():\n    import triton"),
         ("info_nce/reference.py", "import scipy.special"),

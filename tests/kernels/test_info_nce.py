@@ -355,7 +355,7 @@ def test_triton_never_holds_the_logits(
     """Of n 512, P 32,768 a view takes less than 4 MiB more, its gradient included."""
     kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
     for name in ("prepare", "fwd", "finish", "bwd", "normalize_backward"):
-        monkeypatch.setattr(kernel, f"_{name}_kernel", NoKernel())
+        monkeypatch.setattr(kernel, f"{name}_kernel", NoKernel())
     predicted, neighbour = (
         torch.empty(V, rows, 256, dtype=torch.bfloat16, device="meta") for rows in (512, 32_768)
     )
