@@ -471,7 +471,7 @@ def test_temperature_may_be_a_tensor(backend: Any, device: torch.device) -> None
 
 
 def test_two_runs_are_bitwise_equal(backend: Any, device: torch.device) -> None:
-    predicted, neighbour = inputs(2, 130, 64, device=device)
+    predicted, neighbour = inputs(2, 70, 64, device=device)
     first, second = (
         loss_and_grad(info_nce, predicted, neighbour, temperature=0.1, backend=backend)
         for _ in range(2)
@@ -926,7 +926,7 @@ def both_views(n: int, D: int, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("temperature", [0.03, 0.07, 0.5])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "D"), [(1, 16), (33, 48), (70, 64)])
 @pytest.mark.parametrize("same_view", [False, True])
@@ -1038,6 +1038,7 @@ CASES = [
     if dtype != torch.float64 or backend == "auto"
     # An interpreted kernel is slow.
     if backend != "triton" or (len(shape) == 3 and temperature == 0.1)
+    if backend != "reference" or len(shape) == 2
 ]
 SYMMETRIC_CASES: list[tuple[bool, Any]] = [
     (same_view, backend) for same_view in (False, True) for backend in BACKENDS
