@@ -186,8 +186,7 @@ def ours(x: Inputs, mode: str) -> Call:
         # positive is elsewhere, that is one of the others' columns, with the logit 0.
         B, N = predicted.shape[1], neighbour.shape[1]
         inputs = predicted.detach(), neighbour, temperature
-        online = predicted.itemsize > 2
-        row_max, row_sum, positive = op.row_stats(*inputs, 0, False, online, "auto")
+        row_max, row_sum, positive = op.row_stats(*inputs, 0, False, False, "auto")
         others = _others_sum(row_sum[0], N, B)
         others[:, B:] -= 1
         zero = torch.zeros_like(others)

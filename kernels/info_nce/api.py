@@ -19,8 +19,7 @@ from maect_fast.kernels.info_nce import op
 
 __all__ = ["InfoNCEStats", "gather_neighbours", "info_nce", "info_nce_stats"]
 
-# From here on one shift for all rows keeps the exponentials of unit rows in fp32's range. It costs
-# digits that only a half type's products do not have.
+# From here on one shift for all rows keeps the exponentials of unit rows in fp32's range.
 FIXED_SHIFT_FROM = 0.025
 
 
@@ -146,8 +145,8 @@ def _loss(
         got = f"{predicted.dtype} and {local.dtype}"
         raise ValueError(f"predicted, neighbour: expected floats, got {got}")
     divisor = check_temperature(temperature, learnable=False)
+    # Otherwise, and where maxima are asked for, every row has its own.
     is_known = not isinstance(temperature, Tensor) and temperature >= FIXED_SHIFT_FROM
-    online = with_max or not is_known or predicted.itemsize > 2
     # The constants travel and every rank keeps its predictions: the backward sends nothing.
     if not isinstance(neighbour, PendingRows):
         neighbour = gather_neighbours(neighbour, group=group, dtype=predicted.dtype)
@@ -157,7 +156,7 @@ def _loss(
         divisor,
         first=group_rank(group) * shape[-2],
         transposed=transposed,
-        online=online,
+        online=with_max or not is_known,
         group=group,
         backend=backend,
     )

@@ -215,7 +215,6 @@ def finish_kernel(
     positive = tl.load(positive_ptr + offs_r, mask=mask, other=0.0)
     # A row may have no other column.
     is_alone = total == 0
-    m = tl.where(is_alone, positive, m)
     t = tl.where(is_alone, float("-inf"), tl.log(tl.where(is_alone, 1.0, total)) + (m - positive))
     e = tl.exp(-tl.abs(t))
     loss = tl.where(t > 0, t, 0.0) + _log1p(e)

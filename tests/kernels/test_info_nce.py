@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -187,6 +188,51 @@ def test_triton_takes_norms_whose_squares_leave_fp32(scale: float, device: torch
 
 
 @needs_triton
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [(torch.float32, 0.06), (torch.float16, 0.02)],
+)
+def test_triton_schedule_of_a_full_device(
+    temperature: float,
+    dtype: torch.dtype,
+    transposed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    """Where programs are enough, each goes through all columns, block by block."""
+    kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
+    monkeypatch.setattr(kernel, "num_multiprocessors", lambda _: 1)
+    assert kernel.num_parts(torch.empty(2, 150, 32, dtype=dtype), 150, transposed) == 1
+    predicted, neighbour = inputs(2, 150, 32, dtype=dtype, device=device, agreement=0.1)
+    arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
+    found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend="triton")
+    eager = loss_and_grad(naive, predicted, neighbour, temperature, transposed)
+    ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
+    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "predictions"])
+def test_fp16_has_the_probabilities_of_large_batches(
+    kind: str, backend: Any, device: torch.device
+) -> None:
+    """Of which one in 30 million is no number of fp16."""
+    predicted, neighbour = inputs(1, 70, 16, dtype=torch.float16, device=device)
+    rows = torch.stack((torch.zeros(1, 70), torch.full((1, 70), 3e-8))).to(device)
+    by = (rows, None) if kind == "neighbours" else (None, rows)
+    one, zero = torch.tensor(1.0, dtype=torch.float64), torch.zeros(1, 70, device=device)
+    grad = torch.tensor(1e6, device=device)
+    found, _ = op.gradient(grad, predicted, neighbour, one, zero, by[0], by[1], 0, backend)
+    a, b = (None if x is None else x.double() for x in by)
+    wide = predicted.double(), neighbour.double()
+    expected, _ = reference.gradient(grad.double(), *wide, one, zero.double(), a, b, 0)
+    band = 4e-3 * float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=band)
+
+
+@needs_triton
 @pytest.mark.parametrize("transposed", [False, True])
 def test_both_shifts_give_the_same(transposed: bool, device: torch.device) -> None:
     predicted, neighbour = inputs(2, 70, 32, device=device)
@@ -197,6 +243,18 @@ def test_both_shifts_give_the_same(transposed: bool, device: torch.device) -> No
         results.append(op.finish(*stats, "triton"))
         assert (stats[0].amax() == stats[0].amin()) != online
     torch.testing.assert_close(results[0][:3], results[1][:3], rtol=2e-5, atol=1e-6)
+
+
+@needs_triton
+def test_neighbours_far_from_unit_norm_overflow_loudly(device: torch.device) -> None:
+    """As the fixed shift is made for unit rows; up to a norm of 1 + 78 * T they are fine."""
+    predicted, neighbour = inputs(40, 16, device=device, agreement=0.1)
+    arguments: dict[str, Any] = {"temperature": 0.2, "backend": "triton"}
+    expected = naive(predicted.double(), 16 * neighbour.double(), 0.2, False)
+    found = info_nce(predicted, 16 * neighbour, **arguments)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    with np.errstate(over="ignore"):
+        assert info_nce(predicted, 60 * neighbour, **arguments).isinf()
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -1187,13 +1245,13 @@ def test_ranks_share_the_symmetric_loss(case: int, rank_results: list[dict[str, 
 def test_the_backward_pass_sends_nothing(rank_results: list[dict[str, Any]]) -> None:
     for result in rank_results:
         assert all(backward == [] for _, backward in result["sent"])
-        for (_, dtype, transposed, temperature, _), (forward, _) in zip(
+        for (_, _, transposed, temperature, _), (forward, _) in zip(
             CASES, result["sent"], strict=False
         ):
             # Numbers of rows, neighbours; maxima, where one shift will not do, and sums.
             gathers = ["all_gather_into_tensor"] * 2
-            is_fixed = dtype == torch.float16 and temperature == 0.1
-            assert forward == gathers + ["all_reduce"] * (0 if transposed else 2 - is_fixed)
+            num_sums = 1 if temperature == 0.1 else 2
+            assert forward == gathers + ["all_reduce"] * (0 if transposed else num_sums)
 
 
 def test_uneven_batches_are_the_same_error_everywhere(rank_results: list[dict[str, Any]]) -> None:
