@@ -3,14 +3,22 @@
 =====================  ============================================================================
 `masked_attention`     short-sequence attention for (masked) ViTs; `attention` takes q, k, v apart
 `queue_topk`           exact top-k nearest neighbours in a ring-buffer queue; `enqueue` updates it
-`info_nce`             the NNCLR InfoNCE loss without a logits matrix
+`info_nce`             the NNCLR InfoNCE loss without a logits matrix; `symmetric_info_nce`, CLIP's
+                       and SimCLR's; `info_nce_stats`; `gather_neighbours`
 =====================  ============================================================================
 
 Each folder has a README with the maths, a `reference.py` that defines the op, an `op.py` that
 registers it with torch.library, and an `api.py` with the public function.
 """
 
-from maect_fast.kernels.info_nce import info_nce
+from maect_fast.kernels.info_nce import (
+    InfoNCEStats,
+    PendingRows,
+    gather_neighbours,
+    info_nce,
+    info_nce_stats,
+    symmetric_info_nce,
+)
 from maect_fast.kernels.masked_attention import attention, masked_attention
 from maect_fast.kernels.queue_topk import (
     Pick,
@@ -23,14 +31,19 @@ from maect_fast.kernels.queue_topk import (
 )
 
 __all__ = [
+    "InfoNCEStats",
+    "PendingRows",
     "Pick",
     "QueueState",
     "Shadow",
     "TopK",
     "attention",
     "enqueue",
+    "gather_neighbours",
     "info_nce",
+    "info_nce_stats",
     "masked_attention",
     "queue_topk",
+    "symmetric_info_nce",
     "with_shadow",
 ]

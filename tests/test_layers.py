@@ -14,18 +14,20 @@ PACKAGE = "maect_fast.kernels"
 
 # A file of an op imports only files further down, never one beside it.
 RANK = {
-    "__init__": 7,
-    "api": 6,
-    "buffer": 6,
-    "op": 5,
-    "triton_kernel": 4,
-    "reference": 4,
+    "__init__": 9,
+    "api": 8,
+    "buffer": 8,
+    "symmetric": 8,
+    "gather": 7,
+    "op": 6,
+    "triton_kernel": 5,
+    "reference": 5,
     "_common": 0,
 }
-# Parts of the search's triton_kernel.py, each on the ones before.
-RANK |= {"triton_queue": 1, "triton_score": 2, "triton_select": 3}
+# Parts of an op's triton_kernel.py, each on the ones before.
+RANK |= {"triton_device": 1, "triton_queue": 1, "triton_score": 2, "triton_select": 3}
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
-TRITON_FILES = {"triton_kernel", "triton_queue", "triton_score", "triton_select", "_common"}
+TRITON_FILES = {name for name in RANK if name.startswith("triton_")} | {"_common"}
 
 FRONT_END_PACKAGES = (
     *("timm", "torchvision", "sklearn", "scipy", "omegaconf", "yaml", "matplotlib", "tqdm"),
@@ -133,6 +135,7 @@ def test_kernels_import_one_way(path: Path) -> None:
         ("info_nce/op.py", "from maect_fast.kernels.queue_topk.reference import queue_topk"),
         ("info_nce/op.py", "from ..queue_topk import api"),
         ("info_nce/op.py", "from .triton_kernel import forward"),
+        ("info_nce/triton_device.py", "from .triton_kernel import forward"),
         ("info_nce/api.py", "def f():\n    from .triton_kernel import forward"),
         ("info_nce/op.py", "def f():\n    import triton"),
         ("queue_topk/op.py", "from .triton_queue import enqueue"),

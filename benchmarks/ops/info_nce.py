@@ -182,11 +182,24 @@ def ours(x: Inputs, mode: str) -> Call:
         return info_nce(predicted, neighbour, temperature=TEMPERATURE)
 
     def share(predicted: Tensor, neighbour: Tensor) -> Tensor:
-        # What the public function does with a group, but for the exchange of maxima and sums.
+        # What the public function does with a group, but for the exchange of sums. Of a row whose
+        # positive is elsewhere, that is one of the others' columns, with the logit 0.
         B, N = predicted.shape[1], neighbour.shape[1]
-        row_max, row_sum, positive = op.row_stats(predicted, neighbour, temperature, 0, False)
-        row_sum = row_sum + _others_sum(row_sum, N, B) * (-row_max).exp()
-        loss: Tensor = ((row_sum.log() + row_max).sum() - positive.sum()) / (2 * B)
+        inputs = predicted.detach(), neighbour, temperature
+        row_max, row_sum, positive = op.row_stats(*inputs, 0, False, False, "auto")
+        others = _others_sum(row_sum[0], N, B)
+        others[:, B:] -= 1
+        zero = torch.zeros_like(others)
+        row_max, row_sum = (
+            torch.cat((parts, one[None]))
+            for parts, one in ((row_max, zero), (row_sum, others.clamp_min(0)))
+        )
+        of_all = F.pad(positive, (0, N - B))
+        _, lse, weight, normaliser = op.finish(row_max, row_sum, of_all, "auto")
+        elsewhere = lse[:, B:].sum() / (2 * B)
+        row_loss = lse[:, :B] - positive + elsewhere
+        constants = neighbour, weight[:, :B], normaliser, None, 0, 1, "auto"
+        loss: Tensor = op.mean_loss(predicted, temperature, row_loss, *constants)
         return loss
 
     return _by_columns(x, mode, whole if x.is_square else share)

@@ -1,11 +1,12 @@
 """Errors of the public functions: one line with the argument, what was expected, what came."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_int64", "check_tensor", "expect"]
+__all__ = ["check_int64", "check_temperature", "check_tensor", "expect"]
 
 
 def expect(
@@ -56,3 +57,27 @@ def check_int64(name: str, entries: Tensor | None, shape: Sequence[int]) -> None
     if entries is not None and (entries.dtype != torch.int64 or entries.shape != shape):
         expected, got = f"torch.int64 {list(shape)}", f"{entries.dtype} {list(entries.shape)}"
         raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_temperature(temperature: float | Tensor, *, learnable: bool) -> Tensor:
+    """The temperature as a 0-d tensor.
+
+    Args:
+        temperature: a float or a 0-d tensor, whose value is not looked at: the host would wait.
+        learnable: whether a tensor may require a gradient.
+
+    Raises:
+        ValueError: a float that is no finite number above 0, or another tensor.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.ndim != 0 or (temperature.requires_grad and not learnable):
+            expected = "a float or a 0-d tensor" + ("" if learnable else " without gradient")
+            raise ValueError(
+                f"temperature: expected {expected}, "
+                f"got shape {list(temperature.shape)}, requires_grad {temperature.requires_grad}"
+            )
+        return temperature
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    # On the CPU whatever the device of the inputs: kernels take it as a number, nothing is copied.
+    return torch.tensor(temperature, dtype=torch.float64)

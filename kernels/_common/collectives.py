@@ -5,13 +5,43 @@ Convention: a rank's loss is the mean over its own rows and the caller averages 
 rows each take the step of one process with W * n rows. `group=None`: one process, no communication.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather_rows", "all_reduce_max", "all_reduce_sum", "group_rank"]
+__all__ = [
+    "PendingRows",
+    "all_gather_rows",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "check_equal_rows",
+    "group_rank",
+    "start_all_gather_rows",
+]
+
+# Groups of CUDA tensors whose ranks have been compared once.
+_CHECKED: set[int] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRows:
+    """All ranks' rows, perhaps still under way."""
+
+    rows: Tensor
+    """[W * n, ...]; only `wait` may read it."""
+    local: Tensor
+    """[n, ...], those of this rank."""
+    work: dist.Work | None
+    """None: arrived."""
+
+    def wait(self) -> Tensor:
+        """The rows; a GPU's stream waits for them, the host does not."""
+        if self.work is not None:
+            self.work.wait()
+        return self.rows
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
@@ -29,12 +59,38 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     Returns:
         [W * n, ...]
     """
+    return start_all_gather_rows(x, group).wait()
+
+
+def start_all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> PendingRows:
+    """`all_gather_rows`, which other work may go on beside."""
     x = x.detach()
     if group is None:
-        return x
+        return PendingRows(x, x, None)
     gathered = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-    return gathered
+    work = dist.all_gather_into_tensor(gathered, x.contiguous(), group=group, async_op=True)
+    return PendingRows(gathered, x, work)
+
+
+def check_equal_rows(name: str, x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Raise the same error on every rank unless all bring equally many rows x [n, ...].
+
+    On CUDA only the first time, because reading what the others say waits for the device.
+
+    Args:
+        name: how the message calls them.
+        x: the rows.
+        group: the ranks; None: one process, nothing to compare.
+
+    Raises:
+        ValueError: ranks with different numbers.
+    """
+    if group is None or (x.is_cuda and id(group) in _CHECKED):
+        return
+    _CHECKED.add(id(group))
+    sizes = all_gather_rows(torch.tensor([x.shape[0]], device=x.device), group).tolist()
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{name}: expected equally many rows on every rank, got {sizes}")
 
 
 def all_reduce_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:

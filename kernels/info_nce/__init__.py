@@ -1,5 +1,16 @@
-"""The NNCLR InfoNCE loss without a logits matrix, forward and backward."""
+"""InfoNCE losses without a logits matrix, forward and backward."""
 
-from maect_fast.kernels.info_nce.api import info_nce
+from maect_fast.kernels._common.collectives import PendingRows
+from maect_fast.kernels.info_nce.api import info_nce, info_nce_stats
+from maect_fast.kernels.info_nce.gather import gather_neighbours
+from maect_fast.kernels.info_nce.reference import InfoNCEStats
+from maect_fast.kernels.info_nce.symmetric import symmetric_info_nce
 
-__all__ = ["info_nce"]
+__all__ = [
+    "InfoNCEStats",
+    "PendingRows",
+    "gather_neighbours",
+    "info_nce",
+    "info_nce_stats",
+    "symmetric_info_nce",
+]

@@ -11,8 +11,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../_common/cpu_features.h"
@@ -47,7 +49,9 @@ std::vector<Named<Simd>> runnable([[maybe_unused]] const ScalarType dtype) {
 
 std::string simd_names() { return names(runnable(ScalarType::BFloat16)); }
 
+// Null for an empty tensor.
 const float* float_data(const Tensor& tensor) {
+  if (tensor.numel() == 0) return nullptr;
   STD_TORCH_CHECK(tensor.is_contiguous(), "expected contiguous statistics and gradients");
   return tensor.const_data_ptr<float>();
 }
@@ -113,6 +117,20 @@ class Panel {
   std::vector<float> buffer_;
 };
 
+// Shifts and factors of some softmax rows, the factors times a scale; zeros beyond their number.
+struct Normaliser {
+  // All rows' shifts, then all rows' factors, or null.
+  Normaliser(const float* all, const int64_t num_all, const int64_t first, const int64_t count,
+             const float scale) {
+    for (int64_t i = 0; all && i < count; ++i) {
+      shift[i] = all[first + i];
+      factor[i] = all[num_all + first + i] * scale;
+    }
+  }
+
+  float shift[kPanelRows] = {}, factor[kPanelRows] = {};
+};
+
 class Loss {
  public:
   Loss(const Tensor& predicted, const Tensor& neighbour, const double temperature,
@@ -163,18 +181,18 @@ class Loss {
     });
   }
 
-  // grad [V, n, D].
+  // grad [V, n, D], radial [V, n]; weight [V, n], by_neighbour [2, V, P] and by_predicted
+  // [2, V, n], null where rows of that kind have no losses.
   template <class Item>
-  void backward(const float* grad_sum, const float* grad_positive, const float* row_max,
-                Item* grad) const {
-    const int64_t num_rows = transposed_ ? num_predictions_ : num_neighbours_;
+  void backward(const float scale, const float* weight, const float* by_neighbour,
+                const float* by_predicted, Item* grad, float* radial) const {
     over_predictions([&](const int64_t view, const int64_t begin, const int64_t end) {
       std::vector<float> grad_unit((end - begin) * simd_.lanes * layout_.step);
-      sum_gradients(view, begin, end, grad_sum + view * num_rows,
-                    grad_positive + view * num_predictions_, row_max + view * num_rows,
-                    grad_unit.data());
+      sum_gradients(view, begin, end, scale, weight + view * num_predictions_, by_neighbour,
+                    by_predicted, grad_unit.data());
       normalize_backward(view, begin * simd_.lanes, lanes_end(end), grad_unit.data(),
-                         grad + view * num_predictions_ * layout_.dim);
+                         grad + view * num_predictions_ * layout_.dim,
+                         radial + view * num_predictions_);
     });
   }
 
@@ -253,10 +271,12 @@ class Loss {
       for (int row = 0; row < panel.num_rows(); ++row) {
         float* logits = strip + row * kColumns;
         std::fill(logits + num_columns, logits + num_lanes, -kInfinity);
+        const int64_t j = start + row - first_;
+        if (column <= j && j < column + num_columns) {
+          positive[j] = std::exchange(logits[j - column], -kInfinity);
+        }
         simd_.update(logits, static_cast<int>(stop - index), simd_.lanes,
                      states + row * state_size());
-        const int64_t j = start + row - first_;
-        if (column <= j && j < column + num_columns) positive[j] = logits[j - column];
       }
     }
   }
@@ -272,10 +292,11 @@ class Loss {
       panel.fill(opposite(view), start);
       for (int64_t index = begin; index < end; ++index) {
         score(panel, view, index, strip.data(), lanes);
+        for_positives(start, panel.num_rows(), index, [&](const int64_t j, const int64_t place) {
+          positive[j] = std::exchange(strip[place], -kInfinity);
+        });
         simd_.update(strip.data(), panel.num_rows(), lanes,
                      &states[(index - begin) * state_size()]);
-        for_positives(start, panel.num_rows(), index,
-                      [&](const int64_t j, const int64_t place) { positive[j] = strip[place]; });
       }
     }
     for (int64_t j = begin * lanes; j < lanes_end(end); ++j) {
@@ -287,29 +308,35 @@ class Loss {
     }
   }
 
-  void sum_gradients(const int64_t view, const int64_t begin, const int64_t end,
-                     const float* grad_sum, const float* grad_positive, const float* row_max,
+  void sum_gradients(const int64_t view, const int64_t begin, const int64_t end, const float scale,
+                     const float* weight, const float* by_neighbour, const float* by_predicted,
                      float* grad_unit) const {
     const int lanes = simd_.lanes;
     Panel panel(simd_, layout_);
-    std::vector<float> strip(kPanelRows * lanes);
+    std::vector<float> strip(kPanelRows * lanes), other(strip);
     for (int64_t start = 0; start < num_neighbours_; start += kPanelRows) {
       panel.fill(opposite(view), start);
       const Word* columns = panel.columns();
+      const Normaliser rows(by_neighbour, num_views_ * num_neighbours_,
+                            view * num_neighbours_ + start, panel.num_rows(), scale);
       for (int64_t index = begin; index < end; ++index) {
         score(panel, view, index, strip.data(), lanes);
-        if (transposed_) {
-          // A block's end may be no prediction.
-          float most[kMaxLanes] = {}, weight[kMaxLanes] = {};
+        if (by_predicted) {
           const int64_t j = index * lanes;
-          std::copy(row_max + j, row_max + lanes_end(index + 1), most);
-          std::copy(grad_sum + j, grad_sum + lanes_end(index + 1), weight);
-          simd_.weigh(strip.data(), panel.num_rows(), most, weight, true);
-        } else {
-          simd_.weigh(strip.data(), panel.num_rows(), row_max + start, grad_sum + start, false);
+          const Normaliser block(by_predicted, num_views_ * num_predictions_,
+                                 view * num_predictions_ + j, lanes_end(index + 1) - j, scale);
+          if (by_neighbour) other = strip;
+          simd_.weigh(strip.data(), panel.num_rows(), block.shift, block.factor, true);
+        }
+        if (by_neighbour) {
+          float* to = by_predicted ? other.data() : strip.data();
+          simd_.weigh(to, panel.num_rows(), rows.shift, rows.factor, false);
+        }
+        if (by_predicted && by_neighbour) {
+          std::transform(strip.begin(), strip.end(), other.begin(), strip.begin(), std::plus<>());
         }
         for_positives(start, panel.num_rows(), index, [&](const int64_t j, const int64_t place) {
-          strip[place] += grad_positive[j];
+          strip[place] = scale * weight[j];
         });
         simd_.accumulate(strip.data(), panel.num_rows(), columns, layout_.step, layout_.dim,
                          grad_unit + (index - begin) * lanes * layout_.step, layout_.step);
@@ -338,7 +365,7 @@ class Loss {
   // see reference.py.
   template <class Item>
   void normalize_backward(const int64_t view, const int64_t begin, const int64_t end,
-                          float* grad_unit, Item* grad) const {
+                          float* grad_unit, Item* grad, float* radial) const {
     const int64_t dim = layout_.dim;
     std::vector<float> buffer(dim), unit(dim);
     for (int64_t j = begin; j < end; ++j) {
@@ -349,9 +376,10 @@ class Loss {
         unit[d] = raw[d] / divisor;
         from[d] *= scale_;
       }
-      const float radial = static_cast<float>(simd_.dot(from, unit.data(), dim)) * (length >= kEps);
+      radial[j] = static_cast<float>(simd_.dot(from, unit.data(), dim));
+      const float along = length < kEps ? 0 : radial[j];
       for (int64_t d = 0; d < dim; ++d) {
-        grad[j * dim + d] = static_cast<Item>((from[d] - radial * unit[d]) / divisor);
+        grad[j * dim + d] = static_cast<Item>((from[d] - along * unit[d]) / divisor);
       }
     }
   }
@@ -374,22 +402,25 @@ void forward(const Tensor predicted, const Tensor neighbour, const double temper
                positive.mutable_data_ptr<float>());
 }
 
-void backward(const Tensor grad_sum, const Tensor grad_positive, const Tensor predicted,
-              const Tensor neighbour, const double temperature, const Tensor row_max,
-              const int64_t first, const bool transposed, const std::string simd, Tensor grad) {
+void backward(const double scale, const Tensor predicted, const Tensor neighbour,
+              const double temperature, const Tensor weight, const Tensor by_neighbour,
+              const Tensor by_predicted, const int64_t first, const std::string simd, Tensor grad,
+              Tensor radial) {
   using torch::headeronly::BFloat16;
   using torch::headeronly::Half;
-  const Loss loss(predicted, neighbour, temperature, first, transposed, simd);
-  const float *sum = float_data(grad_sum), *positive = float_data(grad_positive);
-  const float* most = float_data(row_max);
+  const Loss loss(predicted, neighbour, temperature, first, false, simd);
+  const auto call = [&](auto* to) {
+    loss.backward(static_cast<float>(scale), float_data(weight), float_data(by_neighbour),
+                  float_data(by_predicted), to, radial.mutable_data_ptr<float>());
+  };
   void* to = grad.mutable_data_ptr();
   switch (grad.scalar_type()) {
     case ScalarType::BFloat16:
-      return loss.backward(sum, positive, most, static_cast<BFloat16*>(to));
+      return call(static_cast<BFloat16*>(to));
     case ScalarType::Half:
-      return loss.backward(sum, positive, most, static_cast<Half*>(to));
+      return call(static_cast<Half*>(to));
     default:
-      return loss.backward(sum, positive, most, static_cast<float*>(to));
+      return call(static_cast<float*>(to));
   }
 }
 
@@ -403,9 +434,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(maect_fast, m) {
       "bool transposed, str simd, Tensor(a!) row_max, Tensor(b!) row_sum, Tensor(c!) positive) "
       "-> ()");
   m.def(
-      "info_nce_bwd_cpp(Tensor grad_sum, Tensor grad_positive, Tensor predicted, "
-      "Tensor neighbour, float temperature, Tensor row_max, int first, bool transposed, str simd, "
-      "Tensor(a!) grad) -> ()");
+      "info_nce_bwd_cpp(float scale, Tensor predicted, Tensor neighbour, float temperature, "
+      "Tensor weight, Tensor by_neighbour, Tensor by_predicted, int first, str simd, "
+      "Tensor(a!) grad, Tensor(b!) radial) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maect_fast, CompositeExplicitAutograd, m) {

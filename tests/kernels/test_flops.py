@@ -36,7 +36,7 @@ def test_loss(transposed: bool) -> None:
 def test_loss_with_predictions_of_one_rank_only() -> None:
     """n local predictions meet the P neighbours of all ranks."""
     predicted, neighbour = unit_rows(2, 3, 8), unit_rows(2, 12, 8, seed=1)
-    temperature = torch.tensor(0.2)
+    arguments = (predicted, neighbour, torch.tensor(0.2), 0, False, False, "auto")
     with FlopCounterMode(display=False) as counter:
-        torch.ops.maect_fast.info_nce_fwd(predicted, neighbour, temperature, 0, False)
+        torch.ops.maect_fast.info_nce_fwd(*arguments)
     assert counter.get_total_flops() == 2 * 2 * 3 * 12 * 8

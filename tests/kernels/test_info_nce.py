@@ -1,3 +1,4 @@
+import importlib.util
 import math
 import os
 import subprocess
@@ -5,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maect_fast.kernels import info_nce
+from maect_fast.kernels import (
+    gather_neighbours,
+    info_nce,
+    info_nce_stats,
+    symmetric_info_nce,
+)
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels.info_nce import op, reference
 from maect_fast.testing import assert_within_budget, unit_rows
@@ -20,14 +27,30 @@ from maect_fast.testing import assert_within_budget, unit_rows
 NO_LIBRARY = cpp.load()
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=f"C++ library: {NO_LIBRARY}")
 SIMD = [] if NO_LIBRARY else torch.ops.maect_fast.info_nce_simd().split()
-WORLD_SIZE = 2
 
 
-@pytest.fixture(params=["auto", "reference", pytest.param("cpp", marks=needs_library)])
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@pytest.fixture(
+    params=[
+        "auto",
+        "reference",
+        pytest.param("cpp", marks=needs_library),
+        pytest.param("triton", marks=needs_triton),
+    ]
+)
 def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     if request.param == "cpp" and device.type != "cpu":
         pytest.skip("the C++ kernel takes CPU tensors")
     return str(request.param)
+
+
+def skip_unless_interpreted(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bf16 arithmetic")
 
 
 def naive(predicted: Tensor, neighbour: Tensor, temperature: float, transposed: bool) -> Tensor:
@@ -66,7 +89,7 @@ def loss_and_grad(function: Any, predicted: Tensor, *args: Any, **kwargs: Any) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "agreement"),
-    [((2, 2, 8), 1.0), ((2, 33, 16), 0.0), ((65, 48), 1.0), ((2, 64, 256), 1.0), ((2, 7, 32), 50)],
+    [((2, 2, 16), 1.0), ((2, 33, 16), 0.0), ((65, 48), 1.0), ((2, 64, 256), 1.0), ((2, 7, 32), 50)],
     ids=str,
 )
 def test_loss_and_gradient_against_fp64(
@@ -78,6 +101,7 @@ def test_loss_and_gradient_against_fp64(
     backend: str,
     device: torch.device,
 ) -> None:
+    skip_unless_interpreted(backend, dtype, device)
     predicted, neighbour = inputs(*shape, dtype=dtype, device=device, agreement=agreement)
     found = loss_and_grad(
         info_nce,
@@ -91,6 +115,146 @@ def test_loss_and_gradient_against_fp64(
     ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
     assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
     assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
+
+
+@needs_triton
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "D", "temperature"),
+    [
+        (1, 16, 0.1),
+        (50, 1024, 0.07),
+        (65, 272, 0.01),
+        (197, 64, 0.025),
+        (257, 32, 0.3),
+        (130, 80, 1.0),
+    ],
+)
+def test_triton_at_the_edges_of_its_tiles(
+    n: int,
+    D: int,
+    temperature: float,
+    dtype: torch.dtype,
+    transposed: bool,
+    device: torch.device,
+) -> None:
+    predicted, neighbour = inputs(n, D, dtype=dtype, device=device, agreement=0.1)
+    arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
+    found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend="triton")
+    eager = loss_and_grad(naive, predicted, neighbour, temperature, transposed)
+    ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
+    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("temperature", [0.01, 0.2])
+def test_identical_opposite_and_zero_rows(
+    temperature: float, transposed: bool, backend: Any, device: torch.device
+) -> None:
+    """Logits of 1 / T and -1 / T, and shared maxima; nothing that is not a number.
+
+    Products of these rows are exact: ties are ties, in whatever order they are added up.
+    """
+    neighbour = unit_rows(40, 16, device=device, seed=1).sign() / 4
+    neighbour[20:30] = neighbour[20]
+    predicted = neighbour.clone()
+    predicted[3:6] *= -1
+    predicted[7:9] *= 2**30
+    arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
+    found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend=backend)
+    eager = loss_and_grad(naive, predicted, neighbour, temperature, transposed)
+    ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
+    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
+    predicted[5] = 0
+    zero = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend=backend)
+    assert all(x.isfinite().all() for x in zero)
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", [1e-30, 1e-14, 1e25])
+def test_triton_takes_norms_whose_squares_leave_fp32(scale: float, device: torch.device) -> None:
+    predicted, neighbour = inputs(7, 16, device=device)
+    predicted[2] *= scale
+    found = loss_and_grad(info_nce, predicted, neighbour, temperature=0.3, backend="triton")
+    expected = loss_and_grad(naive, predicted.double(), neighbour.double(), 0.3, False)
+    torch.testing.assert_close(found[0], expected[0].float())
+    for row, other in zip(found[1], expected[1].float(), strict=True):
+        torch.testing.assert_close(row, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@needs_triton
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [(torch.float32, 0.06), (torch.float16, 0.02)],
+)
+def test_triton_schedule_of_a_full_device(
+    temperature: float,
+    dtype: torch.dtype,
+    transposed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    """Where programs are enough, each goes through all columns, block by block."""
+    kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
+    monkeypatch.setattr(kernel, "num_multiprocessors", lambda _: 1)
+    assert kernel.num_parts(torch.empty(2, 150, 32, dtype=dtype), 150, transposed) == 1
+    predicted, neighbour = inputs(2, 150, 32, dtype=dtype, device=device, agreement=0.1)
+    arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
+    found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend="triton")
+    eager = loss_and_grad(naive, predicted, neighbour, temperature, transposed)
+    ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
+    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "predictions"])
+def test_fp16_has_the_probabilities_of_large_batches(
+    kind: str, backend: Any, device: torch.device
+) -> None:
+    """Of which one in 30 million is no number of fp16."""
+    predicted, neighbour = inputs(1, 70, 16, dtype=torch.float16, device=device)
+    rows = torch.stack((torch.zeros(1, 70), torch.full((1, 70), 3e-8))).to(device)
+    by = (rows, None) if kind == "neighbours" else (None, rows)
+    one, zero = torch.tensor(1.0, dtype=torch.float64), torch.zeros(1, 70, device=device)
+    grad = torch.tensor(1e6, device=device)
+    found, _ = op.gradient(grad, predicted, neighbour, one, zero, by[0], by[1], 0, backend)
+    a, b = (None if x is None else x.double() for x in by)
+    wide = predicted.double(), neighbour.double()
+    expected, _ = reference.gradient(grad.double(), *wide, one, zero.double(), a, b, 0)
+    band = 4e-3 * float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=band)
+
+
+@needs_triton
+@pytest.mark.parametrize("transposed", [False, True])
+def test_both_shifts_give_the_same(transposed: bool, device: torch.device) -> None:
+    predicted, neighbour = inputs(2, 70, 32, device=device)
+    results = []
+    for online in (False, True):
+        temperature = torch.tensor(0.025, dtype=torch.float64)
+        stats = op.row_stats(predicted, neighbour, temperature, 0, transposed, online, "triton")
+        results.append(op.finish(*stats, "triton"))
+        assert (stats[0].amax() == stats[0].amin()) != online
+    torch.testing.assert_close(results[0][:3], results[1][:3], rtol=2e-5, atol=1e-6)
+
+
+@needs_triton
+def test_neighbours_far_from_unit_norm_overflow_loudly(device: torch.device) -> None:
+    """As the fixed shift is made for unit rows; up to a norm of 1 + 78 * T they are fine."""
+    predicted, neighbour = inputs(40, 16, device=device, agreement=0.1)
+    arguments: dict[str, Any] = {"temperature": 0.2, "backend": "triton"}
+    expected = naive(predicted.double(), 16 * neighbour.double(), 0.2, False)
+    found = info_nce(predicted, 16 * neighbour, **arguments)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    with np.errstate(over="ignore"):
+        assert info_nce(predicted, 60 * neighbour, **arguments).isinf()
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -115,7 +279,7 @@ def test_gradcheck(transposed: bool) -> None:
 
 
 def test_hand_made_numbers(backend: Any, device: torch.device) -> None:
-    eye = torch.eye(2, device=device)
+    eye = torch.eye(2, 16, device=device)
     loss = info_nce(5 * eye, eye, temperature=0.5, backend=backend)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)))
     assert loss.dtype == torch.float32
@@ -128,8 +292,8 @@ def test_hand_made_numbers(backend: Any, device: torch.device) -> None:
 
 def test_rows_are_neighbours_unless_transposed(backend: Any, device: torch.device) -> None:
     """One prediction near both neighbours makes one direction's softmax differ from the other's."""
-    neighbour = torch.eye(2, device=device)
-    predicted = torch.tensor([[1.0, 0.0], [1.0, 0.0]], device=device)
+    neighbour = torch.eye(2, 16, device=device)
+    predicted = neighbour[:1].expand(2, 16)
     by_neighbour = info_nce(predicted, neighbour, temperature=1.0, backend=backend)
     assert by_neighbour.item() == pytest.approx(math.log(2))
     by_prediction = info_nce(
@@ -162,30 +326,110 @@ def test_any_number_of_blocks_gives_the_same(
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["neighbours", "predictions", "both"])
 @pytest.mark.parametrize("first", [0, 4, 8])
 @pytest.mark.parametrize("block", [1 << 22, 30])
 def test_gradient_on_any_rank_is_that_of_the_definition(
     first: int,
-    transposed: bool,
+    kind: str,
     block: int,
+    backend: Any,
     monkeypatch: pytest.MonkeyPatch,
     device: torch.device,
 ) -> None:
-    """The op's hand-written gradient, where the own rows are only a part of the gathered ones."""
+    """The hand-written gradient, where the own rows are only a part of the gathered ones."""
     monkeypatch.setattr(reference, "BLOCK", block)
-    predicted, _ = inputs(2, 4, 8, dtype=torch.float64, device=device)
-    gathered = unit_rows(2, 12, 8, device=device, seed=3)
-    temperature = torch.tensor(0.3)
-    predicted.requires_grad_()
-    grads = []
-    for row_stats in (op.row_stats, reference.row_stats):
-        row_max, row_sum, positive = row_stats(predicted, gathered, temperature, first, transposed)
-        score = (row_sum.log() + row_max.detach()).square().sum() + positive.exp().sum()
-        grads.append(torch.autograd.grad(score, predicted)[0])
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
-    pairs = normalize(predicted, dim=-1) * gathered.flip(0)[:, first : first + 4] / 0.3
-    torch.testing.assert_close(positive, pairs.sum(-1), rtol=1e-6, atol=1e-6)
+    dtype = torch.float64 if backend in ("auto", "reference") else torch.float32
+    predicted, _ = inputs(2, 4, 16, dtype=dtype, device=device)
+    gathered = unit_rows(2, 12, 16, dtype=dtype, device=device, seed=3)
+    leaf = predicted.double().requires_grad_()
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    logits = gathered.double().flip(0) @ normalize(leaf, dim=-1).mT / temperature
+    # What the neighbours' rows get from columns and positives of other ranks.
+    others = torch.linspace(-2, 2, 12, device=device).double().expand(2, 12)
+    of_neighbours = torch.logaddexp(logits.logsumexp(2), others)
+    of_predictions = logits.logsumexp(1)
+    weight = torch.linspace(-1, 0, 4, device=device).double().expand(2, 4)
+    positive = logits.diagonal(-first, dim1=1, dim2=2)
+    own = torch.zeros_like(logits).diagonal_scatter(positive, -first, 1, 2)
+    score = (weight * positive).sum()
+    parts = {"neighbours": [of_neighbours], "predictions": [of_predictions]}
+    for lse in parts.get(kind, [of_neighbours, of_predictions]):
+        by_row = lse[..., None] if lse is of_neighbours else lse[:, None]
+        # The probability of a positive pair belongs to its weight.
+        constant = (own - by_row).exp().detach().diagonal(-first, dim1=1, dim2=2)
+        score = score + lse.sum() - (constant * positive).sum()
+    expected = torch.autograd.grad(3 * score, (leaf, temperature))
+    rows = [
+        None if kind == other else torch.stack((lse - 0.5, torch.full_like(lse, math.exp(-0.5))))
+        for other, lse in (("predictions", of_neighbours), ("neighbours", of_predictions))
+    ]
+    by_neighbour, by_predicted = (None if x is None else x.detach().to(dtype) for x in rows)
+    found, radial = op.gradient(
+        torch.tensor(3.0, dtype=dtype, device=device),
+        predicted,
+        gathered,
+        temperature.detach(),
+        weight.to(dtype),
+        by_neighbour,
+        by_predicted,
+        first,
+        backend,
+    )
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-6
+    scale = float(expected[0].abs().max())
+    torch.testing.assert_close(found.double(), expected[0], rtol=0, atol=tolerance * scale)
+    total = -radial.double().sum() / 0.3
+    torch.testing.assert_close(total, expected[1].to(total), rtol=10 * tolerance, atol=0)
+
+
+class NoKernel:
+    """Stands for a kernel where only what a launcher allocates counts."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *_, **__: None
+
+
+class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of all new tensors."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.num_bytes += result.numel() * result.itemsize
+        return result
+
+
+@needs_triton
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("V", [1, 2])
+def test_triton_never_holds_the_logits(
+    V: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of n 512, P 32,768 a view takes less than 4 MiB more, its gradient included."""
+    kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
+    for name in ("prepare", "fwd", "finish", "bwd", "normalize_backward"):
+        monkeypatch.setattr(kernel, f"{name}_kernel", NoKernel())
+    predicted, neighbour = (
+        torch.empty(V, rows, 256, dtype=torch.bfloat16, device="meta") for rows in (512, 32_768)
+    )
+    with Allocated() as forward:  # type: ignore[no-untyped-call]
+        row_max, row_sum, positive = kernel.row_stats(
+            predicted, neighbour, 0.2, 0, transposed, False
+        )
+        of_all = positive if transposed else row_max[0]
+        loss, _, weight, rows = kernel.finish(row_max, row_sum, of_all)
+    with Allocated() as backward:  # type: ignore[no-untyped-call]
+        by = (None, rows) if transposed else (rows, None)
+        kernel.gradient(loss[0, 0], predicted, neighbour, 0.2, weight, *by, 0)
+    # What the forward leaves for the backward is in both.
+    saved = 4 * (weight.numel() + rows.numel())
+    assert 0 < forward.num_bytes <= V * 4 * 2**20
+    assert 0 < backward.num_bytes + saved <= V * 4 * 2**20
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -211,22 +455,21 @@ def test_logits_never_exist_as_a_whole(
     predicted, neighbour = inputs(2, 400, 4, device=device)
     temperature = torch.tensor(0.2)
     with LargestTensor() as largest:  # type: ignore[no-untyped-call]
-        row_max, row_sum, positive = reference.row_stats(
-            predicted, neighbour, temperature, 0, transposed
-        )
-        reference.row_stats_backward(
-            row_sum, positive, predicted, neighbour, temperature, row_max, 0, transposed
-        )
+        stats = reference.row_stats(predicted, neighbour, temperature, 0, transposed)
+        loss, _, weight, rows = reference.finish(*stats)
+        a, b = (None, rows) if transposed else (rows, None)
+        reference.gradient(loss[0, 0], predicted, neighbour, temperature, weight, a, b, 0)
     assert 0 < largest.numel <= 2 * 400 * 4
 
 
 def test_gradient_goes_to_the_predictions_alone(backend: Any, device: torch.device) -> None:
-    predicted, neighbour = inputs(2, 5, 8, dtype=torch.bfloat16, device=device)
+    dtype = torch.float16 if backend == "triton" else torch.bfloat16
+    predicted, neighbour = inputs(2, 5, 16, dtype=dtype, device=device)
     predicted.requires_grad_()
     neighbour.requires_grad_()
     torch.autograd.backward(info_nce(predicted, neighbour, temperature=0.2, backend=backend))
     assert predicted.grad is not None
-    assert predicted.grad.dtype == torch.bfloat16
+    assert predicted.grad.dtype == dtype
     assert neighbour.grad is None
 
 
@@ -244,7 +487,7 @@ def test_zero_and_tiny_predictions_follow_the_formula(device: torch.device) -> N
 def test_nan_prediction_makes_the_loss_nan(
     transposed: bool, backend: Any, device: torch.device
 ) -> None:
-    predicted, neighbour = inputs(2, 5, 8, device=device)
+    predicted, neighbour = inputs(2, 5, 16, device=device)
     predicted[0, 3, 1] = torch.nan
     arguments: dict[str, Any] = {"temperature": 0.2, "transposed": transposed, "backend": backend}
     loss, grad = loss_and_grad(info_nce, predicted, neighbour, **arguments)
@@ -252,13 +495,14 @@ def test_nan_prediction_makes_the_loss_nan(
     assert grad[0, 3].isnan().all()
 
 
-def test_strided_predictions(backend: Any, device: torch.device) -> None:
-    predicted, neighbour = inputs(2, 6, 8, device=device)
-    wide = torch.zeros(6, 2, 16, device=device)
-    strided = wide.transpose(0, 1)[..., ::2]
+def test_strided_inputs(backend: Any, device: torch.device) -> None:
+    predicted, neighbour = inputs(2, 6, 16, device=device)
+    wide = torch.zeros(2, 6, 2, 32, device=device).transpose(1, 2)[..., ::2]
+    strided, other = wide
     strided.copy_(predicted)
+    other.copy_(neighbour)
     arguments: dict[str, Any] = {"temperature": 0.2, "backend": backend}
-    found = loss_and_grad(info_nce, strided, neighbour, **arguments)
+    found = loss_and_grad(info_nce, strided, other, **arguments)
     expected = loss_and_grad(info_nce, predicted, neighbour, **arguments)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
@@ -276,17 +520,19 @@ def test_autocast_does_not_reach_the_logits(device: torch.device) -> None:
         assert torch.equal(one, other)
 
 
-def test_temperature_may_be_a_tensor(device: torch.device) -> None:
-    predicted, neighbour = inputs(2, 5, 8, device=device)
-    expected = info_nce(predicted, neighbour, temperature=0.25)
+def test_temperature_may_be_a_tensor(backend: Any, device: torch.device) -> None:
+    predicted, neighbour = inputs(2, 5, 16, device=device)
+    expected = info_nce(predicted, neighbour, temperature=0.25, backend=backend)
     for temperature in (torch.tensor(0.25), torch.tensor(0.25, device=device)):
-        assert torch.equal(info_nce(predicted, neighbour, temperature=temperature), expected)
+        found = info_nce(predicted, neighbour, temperature=temperature, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-def test_two_runs_are_bitwise_equal(device: torch.device) -> None:
-    predicted, neighbour = inputs(2, 130, 64, device=device)
+def test_two_runs_are_bitwise_equal(backend: Any, device: torch.device) -> None:
+    predicted, neighbour = inputs(2, 70, 64, device=device)
     first, second = (
-        loss_and_grad(info_nce, predicted, neighbour, temperature=0.1) for _ in range(2)
+        loss_and_grad(info_nce, predicted, neighbour, temperature=0.1, backend=backend)
+        for _ in range(2)
     )
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
@@ -332,8 +578,15 @@ def test_backends_that_do_not_run_say_so(monkeypatch: pytest.MonkeyPatch) -> Non
     def call(pair: Tensor, backend: Any) -> None:
         info_nce(pair, pair, temperature=0.2, backend=backend)
 
-    with pytest.raises(RuntimeError, match="info_nce: backend 'triton' is not built"):
-        call(PAIR, "triton")
+    wide = torch.ones(2, 4, 1040)
+    for pair, reason in (
+        (PAIR, "takes D a multiple of 16 up to 1024, got 8"),
+        (wide, "takes D a multiple of 16 up to 1024, got 1040"),
+        (wide[..., :16].double(), "takes float32, bfloat16 and float16, got float64"),
+        (wide[..., :16].to("meta"), "runs on CUDA, got a tensor on meta"),
+    ):
+        with pytest.raises(RuntimeError, match=f"info_nce: backend 'triton' {reason}"):
+            call(pair, "triton")
     with pytest.raises(RuntimeError, match=r"info_nce: backend 'cpp' .*float16, got float64"):
         call(PAIR.double(), "cpp")
     with pytest.raises(RuntimeError, match=r"info_nce: backend 'cpp' .*CPU, got .* meta"):
@@ -357,10 +610,11 @@ def test_without_the_library_the_cpu_takes_the_reference(monkeypatch: pytest.Mon
 def naive_stats(
     predicted: Tensor, neighbour: Tensor, temperature: float, first: int, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """logsumexp of the softmax rows and logits of the positive pairs; all logits at once."""
+    """logsumexp of the softmax rows without positives, and logits of those; all at once."""
     logits = neighbour.flip(0) @ normalize(predicted, dim=-1, eps=1e-12).mT / temperature
     positive = logits.diagonal(-first, dim1=1, dim2=2)
-    return torch.logsumexp(logits, 1 if transposed else 2), positive
+    negative = logits.diagonal_scatter(torch.full_like(positive, -torch.inf), -first, 1, 2)
+    return torch.logsumexp(negative, 1 if transposed else 2), positive
 
 
 def naive_stats_and_grad(
@@ -384,10 +638,10 @@ def cpp_stats_and_grad(
 ) -> list[Tensor]:
     arguments = (predicted, neighbour, torch.tensor(temperature, dtype=torch.float64))
     row_max, row_sum, positive = op.row_stats_cpp(*arguments, first, transposed, simd)
-    grad = op.row_stats_backward_cpp(
-        weights[0] / row_sum, weights[1], *arguments, row_max, first, transposed, simd
-    )
-    return [row_sum.log() + row_max, positive, grad]
+    rows = torch.cat((row_max, weights[0] / row_sum))
+    a, b = (None, rows) if transposed else (rows, None)
+    grad, _ = op.gradient_cpp(torch.ones(()), *arguments, weights[1], a, b, first, simd)
+    return [row_sum[0].log() + row_max[0], positive, grad]
 
 
 def stats_inputs(
@@ -432,8 +686,8 @@ CPP_CASES = [
 @pytest.mark.parametrize(
     ("V", "n", "P", "D", "first"),
     [
-        (1, 1, 1, 1, 0),
-        (2, 1, 131, 5, 130),
+        (1, 2, 2, 1, 0),
+        (2, 2, 131, 5, 129),
         (2, 33, 33, 31, 0),
         (1, 65, 257, 257, 100),
         (2, 300, 385, 48, 85),
@@ -540,18 +794,17 @@ def test_cpp_zero_tiny_and_huge_predictions(
 @needs_library
 @pytest.mark.parametrize("simd", [simd for simd in SIMD if fits(simd, torch.float32)])
 def test_cpp_exponential_is_within_units_in_the_last_place(simd: str) -> None:
-    """Every view is one pair, whose gradient across the prediction is exp(logit) alone."""
+    """Every view has one logit, whose gradient across the prediction is its exponential."""
     logits = torch.cat((-torch.logspace(-8, math.log10(87), 3000), torch.linspace(-87, 80, 3000)))
     outside = torch.tensor([0, -88.1, -1e3, -3e38, math.nan])
     logits = torch.cat((logits, outside))
     V = len(logits)
     neighbour = torch.stack((logits, torch.ones(V)), 1)[:, None].flip(0)
+    neighbour = torch.cat((torch.zeros(V, 1, 2), neighbour), 1)
     predicted = torch.tensor([1.0, 0.0]).expand(V, 1, 2)
-    one, zero = torch.ones(V, 1), torch.zeros(V, 1)
-    temperature = torch.tensor(1.0)
-    grad = op.row_stats_backward_cpp(
-        one, zero, predicted, neighbour, temperature, zero, 0, False, simd
-    )
+    rows = torch.stack((torch.zeros(V, 2), torch.ones(V, 2)))
+    one, zero = torch.tensor(1.0), torch.zeros(V, 1)
+    grad, _ = op.gradient_cpp(one, predicted, neighbour, one, zero, rows, None, 0, simd)
     found, expected = grad[:, 0, 1], logits.double().exp()
     ulp = torch.nextafter(expected.float(), torch.tensor(math.inf)) - expected.float()
     error = (found - expected).abs() / ulp
@@ -595,13 +848,13 @@ def resident(key):
     (line,) = (x for x in open("/proc/self/status") if x.startswith(key))
     return int(line.split()[1])
 def call(predicted, neighbour, transposed):
-    stats = [torch.zeros(1, n if transposed else neighbour.shape[1]) for _ in range(2)]
-    stats.append(torch.zeros(1, n))
-    grad = torch.zeros_like(predicted)
+    rows = torch.zeros(2, 1, n if transposed else neighbour.shape[1])
+    weight, grad, none = torch.zeros(1, n), torch.zeros_like(predicted), torch.zeros(0)
     before = resident("VmRSS")
-    ops.info_nce_fwd_cpp(predicted, neighbour, 0.2, 0, transposed, "", *stats)
-    inputs = predicted, neighbour, 0.2, stats[0]
-    ops.info_nce_bwd_cpp(*stats[1:], *inputs, 0, transposed, "", grad)
+    ops.info_nce_fwd_cpp(predicted, neighbour, 0.2, 0, transposed, "", *rows, weight)
+    by = (none, rows) if transposed else (rows, none)
+    inputs = predicted, neighbour, 0.2, weight, *by
+    ops.info_nce_bwd_cpp(1.0, *inputs, 0, "", grad, torch.zeros(1, n))
     print(resident("VmHWM") - before)
 predicted = torch.randn(1, n, D, dtype=getattr(torch, sys.argv[2]))
 neighbour = torch.randn(1, P, D, dtype=predicted.dtype).div_(D**0.5)
@@ -625,110 +878,417 @@ def test_cpp_never_holds_the_logits(transposed: bool, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_opcheck(transposed: bool, device: torch.device) -> None:
-    predicted, _ = inputs(2, 4, 8, device=device)
-    gathered = unit_rows(2, 12, 8, device=device, seed=3)
+def test_opcheck(transposed: bool, backend: Any, device: torch.device) -> None:
+    predicted, _ = inputs(2, 4, 16, device=device)
+    gathered = unit_rows(2, 12, 16, device=device, seed=3)
     temperature = torch.tensor(0.2, dtype=torch.float64)
-    arguments = (predicted, gathered, temperature, 4, transposed)
+    arguments = (predicted, gathered, temperature, 4, transposed, False, backend)
+    torch.library.opcheck(op.row_stats, arguments)
     row_max, row_sum, positive = op.row_stats(*arguments)
-    torch.library.opcheck(op.row_stats, (predicted.clone().requires_grad_(), *arguments[1:]))
-    torch.library.opcheck(
-        op.row_stats_backward,
-        (row_sum, positive, predicted, gathered, temperature, row_max, 4, transposed),
-    )
+    if not transposed:
+        positive = torch.nn.functional.pad(positive, (4, 4))
+    torch.library.opcheck(op.finish, (row_max, row_sum, positive, backend))
+    row_loss, _, weight, rows = op.finish(row_max, row_sum, positive, backend)
+    weight, by = weight[:, :4].contiguous(), (None, rows) if transposed else (rows, None)
+    leaves = predicted.clone().requires_grad_(), temperature.clone().requires_grad_()
+    constants = (row_loss, gathered, weight, *by, 4, 1, backend)
+    torch.library.opcheck(op.mean_loss, (*leaves, *constants))
+    inputs_of_gradient = (predicted, gathered, temperature, weight, *by, 4, backend)
+    torch.library.opcheck(op.gradient, (row_loss[0, 0].clone(), *inputs_of_gradient))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_compiles_without_graph_breaks(transposed: bool, device: torch.device) -> None:
+def test_compiles_without_graph_breaks(
+    transposed: bool, backend: Any, device: torch.device
+) -> None:
+    torch.compiler.reset()
     compiled = torch.compile(info_nce, fullgraph=True, backend="aot_eager")
     temperatures = (0.2, 0.3, torch.tensor(0.4, device=device))
     for n, temperature in zip((6, 6, 5), temperatures, strict=True):
-        predicted, neighbour = inputs(2, n, 8, device=device)
-        arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
+        predicted, neighbour = inputs(2, n, 16, device=device)
+        arguments: dict[str, Any] = {
+            "temperature": temperature,
+            "transposed": transposed,
+            "backend": backend,
+        }
         found = loss_and_grad(compiled, predicted, neighbour, **arguments)
         expected = loss_and_grad(info_nce, predicted, neighbour, **arguments)
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
 
 
-# Several ranks. Rank r weighs its loss by r + 1: a gradient that assumes equal weights would fail.
+# Statistics.
 
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("temperature", [0.01, 0.2])
+def test_stats(temperature: float, transposed: bool, backend: Any, device: torch.device) -> None:
+    predicted, neighbour = inputs(2, 50, 32, device=device, agreement=0.4)
+    arguments: dict[str, Any] = {
+        "temperature": temperature,
+        "transposed": transposed,
+        "backend": backend,
+    }
+    found = info_nce_stats(predicted.requires_grad_(), neighbour, **arguments)
+    cosines = normalize(predicted.detach().double(), dim=-1) @ neighbour.double().flip(0).mT
+    logits = (cosines if transposed else cosines.mT) / temperature
+    target = torch.arange(50, device=device)
+    hits = logits.argmax(-1) == target
+    assert 0.2 < hits.double().mean() < 0.98
+    assert found.accuracy.item() == pytest.approx(hits.double().mean().item())
+    mean = cosines.diagonal(dim1=1, dim2=2).mean()
+    assert found.similarity.item() == pytest.approx(mean.item(), rel=1e-5)
+    torch.testing.assert_close(found.lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    grad, expected = (
+        torch.autograd.grad(x, predicted)[0]
+        for x in (found.loss, info_nce(predicted, neighbour, **arguments))
+    )
+    torch.testing.assert_close(grad, expected)
+    assert not any(x.requires_grad for x in found[1:])
+
+
+def test_stats_of_one_pair(backend: Any, device: torch.device) -> None:
+    row = unit_rows(1, 16, device=device)
+    found = info_nce_stats(-row, row, temperature=0.1, backend=backend)
+    assert found.accuracy.item() == 1
+    assert found.loss.item() == 0
+    assert found.similarity.item() == pytest.approx(-1)
+    assert found.lse.item() == pytest.approx(-10)
+
+
+# The symmetric loss.
+
+
+def clip(first: Tensor, second: Tensor, temperature: Tensor | float) -> Tensor:
+    """open_clip's ClipLoss with logit_scale = 1 / T; source: mlfoundations/open_clip: loss.py."""
+    image, text = normalize(first, dim=-1), normalize(second, dim=-1)
+    logits = image @ text.T / temperature
+    target = torch.arange(len(first), device=first.device)
+    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: Tensor | float) -> Tensor:
+    """lightly's NTXentLoss without a memory bank; source: lightly: loss/ntx_ent_loss.py."""
+    n = len(first)
+    rows = normalize(torch.cat((first, second)), dim=-1)
+    logits = rows @ rows.T / temperature
+    logits = logits[~torch.eye(2 * n, dtype=torch.bool, device=rows.device)].view(2 * n, -1)
+    target = torch.arange(n, device=rows.device)
+    return cross_entropy(logits, torch.cat((target + n - 1, target)))
+
+
+def both_views(n: int, D: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """Embeddings of norm about 3 and 4, which agree a little."""
+    first, second = inputs(n, D, agreement=0.2, **options)
+    return first, 4 * second
+
+
+def check_symmetric(
+    same_view: bool,
+    n: int,
+    D: int,
+    dtype: torch.dtype,
+    temperature: float,
+    backend: Any,
+    device: torch.device,
+) -> None:
+    """Loss and all gradients against the libraries' definitions."""
+    definition = nt_xent if same_view else clip
+
+    def all_of(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        views = both_views(n, D, device=device)
+        leaves = [x.to(quantised).to(dtype).requires_grad_() for x in views]
+        # A learned temperature is fp32, whatever the embeddings are.
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves.append(torch.tensor(temperature, device=device).to(wide).requires_grad_())
+        loss = function(*leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    quantised = dtype
+    found = all_of(
+        lambda first, second, T: symmetric_info_nce(
+            first, second, temperature=T, same_view=same_view, backend=backend
+        ),
+        dtype,
+    )
+    eager, ref64 = all_of(definition, dtype), all_of(definition, torch.float64)
+    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    for name, one, other, truth in zip(
+        ("first", "second"), found[1:], eager[1:], ref64[1:], strict=False
+    ):
+        assert_within_budget(one, other, truth, name=name)
+    # As a sum over all pairs it has no entries to be compared with the largest of.
+    scale = float(ref64[3].abs()) + 1
+    eps = torch.finfo(dtype).eps
+    assert abs(found[3] - ref64[3]) <= 8 * eps * scale / temperature
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "D"), [(1, 16), (33, 48), (70, 64)])
+@pytest.mark.parametrize("same_view", [False, True])
+def test_symmetric_loss_against_the_libraries_definitions(
+    same_view: bool,
+    n: int,
+    D: int,
+    dtype: torch.dtype,
+    temperature: float,
+    backend: Any,
+    device: torch.device,
+) -> None:
+    skip_unless_interpreted(backend, dtype, device)
+    check_symmetric(same_view, n, D, dtype, temperature, backend, device)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "D"), [(33, 48), (70, 64)])
+def test_clip_at_the_temperature_where_it_ends(
+    n: int, D: int, dtype: torch.dtype, backend: Any, device: torch.device
+) -> None:
+    """Its logit scale is held to 100."""
+    skip_unless_interpreted(backend, dtype, device)
+    check_symmetric(False, n, D, dtype, 0.01, backend, device)
+
+
+@pytest.mark.parametrize("same_view", [False, True])
+def test_symmetric_loss_in_fp64_is_the_definition(same_view: bool) -> None:
+    leaves = [x.requires_grad_() for x in both_views(9, 12, dtype=torch.float64)]
+    leaves.append(torch.tensor(0.2, dtype=torch.float64, requires_grad=True))
+    first, second, temperature = leaves
+    found = symmetric_info_nce(first, second, temperature=temperature, same_view=same_view)
+    expected = (nt_xent if same_view else clip)(first, second, temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    grads = (torch.autograd.grad(x, leaves) for x in (found, expected))
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("same_view", [False, True])
+def test_symmetric_loss_compiles(same_view: bool, device: torch.device) -> None:
+    torch.compiler.reset()
+
+    def call(first: Tensor, scale: Tensor) -> Tensor:
+        return symmetric_info_nce(first, second, temperature=1 / scale, same_view=same_view)
+
+    first, second = both_views(12, 16, device=device)
+    leaves = first.requires_grad_(), torch.tensor(14.0, device=device, requires_grad=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, other in zip(
+        *(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, call)), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "temperature", "message"),
+    [
+        (PAIR, PAIR, 0.2, r"first, second: expected both \[n, D\], got \[2, 4, 8\]"),
+        (PAIR[0], PAIR[0, :3], 0.2, r"first, second: .*got \[4, 8\] and \[3, 8\]"),
+        (PAIR[0, :0], PAIR[0, :0], 0.2, "first: expected at least one row"),
+        (PAIR[0], PAIR[0].half(), 0.2, "first, second: expected floats of one dtype"),
+        (PAIR[0], PAIR[0], 0.0, "temperature: expected a finite number above 0"),
+        (PAIR[0], PAIR[0], torch.ones(1), r"temperature: .*0-d tensor, got shape \[1\]"),
+    ],
+)
+def test_symmetric_errors(
+    first: Tensor, second: Tensor, temperature: float | Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        symmetric_info_nce(first, second, temperature=temperature)
+
+
+# Several ranks.
+
+NUM_ROWS, WIDTH = 8, 16
+COLLECTIVES = [
+    name
+    for name in dir(dist)
+    if name.startswith(
+        ("all_", "reduce", "broadcast", "gather", "scatter", "send", "isend", "recv")
+    )
+    and callable(getattr(dist, name))
+]
+BACKENDS = ["auto", "reference", *(["triton"] if importlib.util.find_spec("triton") else [])]
 CASES = [
-    (shape, dtype, transposed)
-    for shape in ((2, 6, 8), (6, 8))
-    for dtype in (torch.float64, torch.float32)
+    (shape, dtype, transposed, temperature, backend)
+    for shape in ((2, NUM_ROWS, WIDTH), (NUM_ROWS, WIDTH))
+    for dtype in (torch.float64, torch.float32, torch.float16)
     for transposed in (False, True)
+    for temperature in (0.02, 0.1)
+    for backend in BACKENDS
+    if dtype != torch.float64 or backend == "auto"
+    # An interpreted kernel is slow.
+    if backend != "triton" or (len(shape) == 3 and temperature == 0.1)
+    if backend != "reference" or len(shape) == 2
+    if len(shape) == 3 or dtype == torch.float32
+]
+SYMMETRIC_CASES: list[tuple[bool, Any]] = [
+    (same_view, backend) for same_view in (False, True) for backend in BACKENDS
 ]
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    """One rank's share of every case: [loss, gradient of the weighted sum over ranks]."""
+class Counter:
+    """Counts what is sent."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        for name in COLLECTIVES:
+            setattr(dist, name, self.counted(name, getattr(dist, name)))
+
+    def counted(self, name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.names.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    def take(self) -> list[str]:
+        names, self.names = self.names, []
+        return names
+
+
+def rank_main(rank: int, world_size: int, folder: Path) -> None:
+    """One rank's share of everything that `rank_results` names."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORLD_SIZE
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world_size
     )
-    results = []
-    for shape, dtype, transposed in CASES:
+    group, counter = dist.group.WORLD, Counter()
+    results: dict[str, Any] = {"cases": [], "symmetric": [], "sent": []}
+    for shape, dtype, transposed, temperature, backend in CASES:
         predicted, neighbour = (
-            x.chunk(WORLD_SIZE, dim=-2)[rank] for x in inputs(*shape, dtype=dtype)
+            x.chunk(world_size, dim=-2)[rank] for x in inputs(*shape, dtype=dtype, agreement=0.3)
         )
         predicted = predicted.clone().requires_grad_()
-        loss = info_nce(
-            predicted,
-            neighbour,
-            temperature=0.1,
-            transposed=transposed,
-            group=dist.group.WORLD,
-            # Spares each rank the seconds that a first custom op takes; test_nn_nnclr.py has it.
-            backend="reference",
+        arguments: dict[str, Any] = {
+            "temperature": temperature,
+            "transposed": transposed,
+            "group": group,
+            "backend": backend,
+        }
+        loss = info_nce(predicted, neighbour, **arguments)
+        forward = counter.take()
+        (grad,) = torch.autograd.grad(3 * loss, predicted)
+        results["sent"].append((forward, counter.take()))
+        handle = gather_neighbours(neighbour, group=group, dtype=dtype)
+        assert torch.equal(info_nce(predicted, handle, **arguments), loss)
+        stats = info_nce_stats(predicted, neighbour, **arguments)
+        results["cases"].append([loss.detach(), grad, *(x.detach() for x in stats)])
+        counter.take()
+    for same_view, backend in SYMMETRIC_CASES:
+        leaves = [
+            x.chunk(world_size)[rank].clone().requires_grad_() for x in both_views(NUM_ROWS, WIDTH)
+        ]
+        leaves.append(torch.tensor(0.2, requires_grad=True))
+        loss = symmetric_info_nce(
+            *leaves[:2],
+            temperature=leaves[2],
+            same_view=same_view,
+            group=group,
+            backend=backend,
         )
-        results.append([loss.detach(), *torch.autograd.grad(loss * (rank + 1), predicted)])
+        counter.take()
+        results["symmetric"].append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        results["sent"].append(([], counter.take()))
+    half = inputs(4, WIDTH, dtype=torch.bfloat16)[0]
+    assert gather_neighbours(half.float(), group=group, dtype=half.dtype).wait().dtype == half.dtype
+    results["errors"] = []
+    uneven = unit_rows(3 + (rank == 1), WIDTH)
+    for call in (info_nce, symmetric_info_nce):
+        try:
+            call(uneven, uneven, temperature=0.2, group=group)
+        except ValueError as error:
+            results["errors"].append(str(error))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def rank_results(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]:
+@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+def rank_results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """Of all ranks, each a process of its own running this file."""
     folder = tmp_path_factory.mktemp("ranks")
-    path = str(Path(__file__).parents[2])
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join((str(tests.parent), str(tests)))
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
+            [sys.executable, __file__, str(rank), str(request.param), str(folder)],
             env={**os.environ, "PYTHONPATH": path},
         )
-        for rank in range(WORLD_SIZE)
+        for rank in range(request.param)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0] * WORLD_SIZE
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    assert [rank.wait(timeout=240) for rank in ranks] == [0] * request.param
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: str(CASES[case]))
-def test_ranks_together_equal_one_process(
-    case: int, rank_results: list[list[list[Tensor]]]
-) -> None:
-    shape, dtype, transposed = CASES[case]
-    predicted, neighbour = (x.double() for x in inputs(*shape, dtype=dtype))
+def test_ranks_together_equal_one_process(case: int, rank_results: list[dict[str, Any]]) -> None:
+    """Also where all scale their losses, here by 3."""
+    shape, dtype, transposed, temperature, _ = CASES[case]
+    predicted, neighbour = (x.double() for x in inputs(*shape, dtype=dtype, agreement=0.3))
     predicted.requires_grad_()
-    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
-
-    whole = info_nce(predicted, neighbour, temperature=0.1, transposed=transposed)
-    losses = torch.stack([result[case][0] for result in rank_results])
-    torch.testing.assert_close(losses.double().mean(), whole, rtol=tolerance, atol=0)
-    assert losses.dtype == dtype
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3}[dtype]
+    arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
+    whole = info_nce_stats(predicted, neighbour, **arguments)
+    results = [result["cases"][case] for result in rank_results]
+    losses = torch.stack([result[0] for result in results])
+    torch.testing.assert_close(losses.double().mean(), whole.loss, rtol=tolerance, atol=tolerance)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
     assert abs(losses[0] - losses[1]) > 0.01
-
-    # The same in one process: rows of both directions belong to the rank that holds them.
-    views = predicted.view(-1, *shape[-2:])
-    crossed = neighbour.view(-1, *shape[-2:]).flip(0)
-    logits = normalize(views, dim=-1) @ crossed.mT / 0.1  # [V, predictions, neighbours] fp64
-    softmax = logits.log_softmax(-1 if transposed else -2)
-    rows = softmax.diagonal(dim1=-2, dim2=-1)
-    weight = torch.arange(1, WORLD_SIZE + 1).repeat_interleave(shape[-2] // WORLD_SIZE)
-    (expected,) = torch.autograd.grad(-(rows * weight).mean() * WORLD_SIZE, predicted)
-    found = torch.cat([result[case][1] for result in rank_results], dim=-2).double()
+    expected = torch.autograd.grad(3 * whole.loss, predicted)[0] * len(results)
+    found = torch.cat([result[1] for result in results], dim=-2).double()
     band = tolerance * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=band)
 
+    torch.testing.assert_close(torch.stack([result[2] for result in results]), losses)
+    for i, name in ((3, "accuracy"), (4, "similarity")):
+        mean = torch.stack([result[i] for result in results]).double().mean()
+        torch.testing.assert_close(mean, getattr(whole, name), rtol=max(1e-5, tolerance), atol=0)
+    lse = torch.cat([result[5] for result in results], dim=-1).double()
+    torch.testing.assert_close(lse, whole.lse, rtol=max(1e-5, tolerance), atol=max(1e-5, tolerance))
+
+
+@pytest.mark.parametrize("case", range(len(SYMMETRIC_CASES)))
+def test_ranks_share_the_symmetric_loss(case: int, rank_results: list[dict[str, Any]]) -> None:
+    leaves = [x.double().requires_grad_() for x in both_views(NUM_ROWS, WIDTH)]
+    leaves.append(torch.tensor(0.2).double().requires_grad_())
+    first, second, T = leaves
+    whole = (nt_xent if SYMMETRIC_CASES[case][0] else clip)(first, second, T)
+    results = [result["symmetric"][case] for result in rank_results]
+    losses = torch.stack([result[0] for result in results])
+    torch.testing.assert_close(losses.double().mean(), whole, rtol=1e-5, atol=0)
+    *views, temperature = (x * len(results) for x in torch.autograd.grad(whole, leaves))
+    for i, expected in enumerate(views):
+        found = torch.cat([result[1 + i] for result in results]).double()
+        band = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=band)
+    total = torch.stack([result[3] for result in results]).double().sum()
+    torch.testing.assert_close(total, temperature, rtol=1e-5, atol=0)
+
+
+def test_the_backward_pass_sends_nothing(rank_results: list[dict[str, Any]]) -> None:
+    for result in rank_results:
+        assert all(backward == [] for _, backward in result["sent"])
+        for (_, _, transposed, temperature, _), (forward, _) in zip(
+            CASES, result["sent"], strict=False
+        ):
+            # Numbers of rows, neighbours; maxima, where one shift will not do, and sums.
+            gathers = ["all_gather_into_tensor"] * 2
+            num_sums = 1 if temperature == 0.1 else 2
+            assert forward == gathers + ["all_reduce"] * (0 if transposed else num_sums)
+
+
+def test_uneven_batches_are_the_same_error_everywhere(rank_results: list[dict[str, Any]]) -> None:
+    sizes = [3 + (rank == 1) for rank in range(len(rank_results))]
+    for result in rank_results:
+        assert result["errors"] == [
+            f"{name}: expected equally many rows on every rank, got {sizes}"
+            for name in ("neighbour", "first")
+        ]
+
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
+    # Sets Triton's interpreter up.
+    importlib.import_module("conftest")
+    rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

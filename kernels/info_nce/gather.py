@@ -1,0 +1,32 @@
+"""Public function: the exchange of neighbours between ranks, which may start before the loss."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from maect_fast.kernels._common.collectives import (
+    PendingRows,
+    check_equal_rows,
+    start_all_gather_rows,
+)
+
+__all__ = ["gather_neighbours"]
+
+
+def gather_neighbours(
+    neighbour: Tensor, *, group: dist.ProcessGroup | None, dtype: torch.dtype
+) -> PendingRows:
+    """Start to send the neighbours of `info_nce`, so that they travel while the predictor runs.
+
+    Args:
+        neighbour: [2, n, D] or [n, D].
+        group: as for `info_nce`.
+        dtype: that of the predictions; if it is a half type, neighbours travel in it.
+
+    Returns:
+        What `info_nce` takes in their place, with the same `group`.
+    """
+    rows = neighbour.detach().view(-1, *neighbour.shape[-2:]).transpose(0, 1)
+    check_equal_rows("neighbour", rows, group)
+    is_half = group is not None and dtype.itemsize == 2
+    return start_all_gather_rows(rows.to(dtype) if is_half else rows, group)
