@@ -100,12 +100,10 @@ def _loss(
     )
     if not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 2)) or shape != list(local.shape):
         got = f"{shape} and {list(local.shape)}"
-        raise ValueError(f"predicted, neighbour: expected [2, n, D] or [n, D], both, got {got}")
+        raise ValueError(f"predicted, neighbour: expected both [2, n, D] or both [n, D], got {got}")
     expect(shape[-2] > 0, "predicted", "at least one row", "none")
     for name, x in (("predicted", predicted), ("neighbour", local)):
         expect(x.is_floating_point(), name, "floats", x.dtype)
-    # Otherwise, and where maxima are asked for, every row has its own.
-    is_known = not isinstance(temperature, Tensor) and temperature >= FIXED_SHIFT_FROM
     # The constants travel and every rank keeps its predictions: the backward sends nothing.
     if not isinstance(neighbour, PendingRows):
         neighbour = gather_neighbours(neighbour, group=group, dtype=predicted.dtype)
@@ -115,7 +113,8 @@ def _loss(
         check_temperature(temperature, learnable=False),
         first=group_rank(group) * shape[-2],
         transposed=transposed,
-        online=with_max or not is_known,
+        # Each row a shift of its own.
+        online=with_max or isinstance(temperature, Tensor) or temperature < FIXED_SHIFT_FROM,
         group=group,
         backend=backend,
     )
