@@ -6,6 +6,7 @@ leaves each row the maxima of its groups of slots; `_select_kernel` finds the fi
 these are exact however the shadow is rounded.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
 from maect_fast.kernels.queue_topk import triton_queue, triton_score
-from maect_fast.kernels.queue_topk.triton_queue import TILE, make_shadow, padded_dim
+from maect_fast.kernels.queue_topk.triton_queue import (
+    NUM_BOUNDS,
+    TILE,
+    make_shadow,
+    padded_dim,
+)
 from maect_fast.kernels.queue_topk.triton_score import num_groups, score, span_of
 from maect_fast.kernels.queue_topk.triton_select import _finish_kernel, _select_kernel
 
@@ -110,10 +116,11 @@ def search(
     block = max(1, ROW_BYTES // (6 * G + 4 * NUM_CANDIDATES))
     # Of a queue in parts, one search's lists are where the next begins.
     lists = rows.new_empty((2 if part < Q else 1, len(rows), L), dtype=torch.int64)
-    first = rows.new_empty((min(block, len(rows)), G), dtype=torch.float32)
-    second = torch.empty_like(first, dtype=torch.int16)
-    candidate = rows.new_empty((len(first), NUM_CANDIDATES), dtype=torch.int32)
-    verdict = rows.new_empty((len(first), 2), dtype=torch.float32)
+    block = min(block, len(rows))
+    firsts = rows.new_empty(block * G, dtype=torch.float32)
+    seconds = torch.empty_like(firsts, dtype=torch.int16)
+    candidate = rows.new_empty((block, NUM_CANDIDATES), dtype=torch.int32)
+    verdict = rows.new_empty((block, 2), dtype=torch.float32)
     with torch.cuda.device_of(query):
         for i, offset in enumerate(range(0, Q, part)):
             end = min(offset + part, Q)
@@ -121,6 +128,9 @@ def search(
             for start in range(0, len(rows), block):
                 here = slice(start, min(start + block, len(rows)))
                 x = rows[here]
+                # The last part may have fewer groups.
+                shape = len(x), num_groups(end - offset, span)
+                first, second = (y[: math.prod(shape)].view(shape) for y in (firsts, seconds))
                 score(x, copy, bound, first, second, num_slots=end - offset, span=span)
                 before = lists[(i + 1) % 2, here] if i > 0 else None
                 _select_kernel[(len(x),)](
@@ -140,7 +150,7 @@ def search(
                     k,
                     offset,
                     end,
-                    G,
+                    shape[1],
                     x.stride(0),
                     queue.stride(0),
                     D=D,
@@ -148,7 +158,7 @@ def search(
                     IS_INT8=copy.dtype == torch.int8,
                     L=L,
                     C=NUM_CANDIDATES,
-                    BLOCK_G=triton.next_power_of_2(G),
+                    BLOCK_G=triton.next_power_of_2(shape[1]),
                     **select.options,
                 )
                 _finish_kernel[(len(x),)](
@@ -178,7 +188,7 @@ def search(
                     k,
                     offset,
                     end,
-                    G,
+                    shape[1],
                     x.stride(0),
                     queue.stride(0),
                     D=D,
@@ -211,7 +221,7 @@ def machine_code(arch: int) -> Iterator[Launch]:
         draw = [torch.tensor(3), ids(()), torch.tensor(0), torch.tensor(n)]
         query, queue = meta(2, n, D, dtype=torch.bfloat16), meta(Q, D)
         for dtype in (torch.float16, torch.int8):
-            shadow = meta(Q, padded_dim(D), dtype=dtype), meta(Q // TILE.value, 3)
+            shadow = meta(Q, padded_dim(D), dtype=dtype), meta(Q // TILE.value, NUM_BOUNDS.value)
             arguments = (query, queue, shadow, K, *labels, None, draw, out)
             kernel = _finish_kernel if row is FINISH else _select_kernel
             call = partial(search, *arguments, select=None if row is FINISH else row)

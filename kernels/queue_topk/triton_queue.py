@@ -23,7 +23,7 @@ EPS = tl.constexpr(1e-12)
 # Slots that share bounds, and in int8 a scale; a tile of the search lies within one.
 TILE = tl.constexpr(128)
 # Columns of `bound`: largest distance of a row to its rounding, largest norm, scale (1 in fp16).
-NUM_BOUNDS = 3
+NUM_BOUNDS = tl.constexpr(3)
 # Wider rows are multiplied in slices, so they are padded to whole ones.
 WIDEST, SLICE, NARROWEST = 256, 128, 32
 
@@ -152,7 +152,7 @@ def _tile_kernel(
         is_nan = square != square
         residual = tl.where(residual != residual, float("inf"), residual)
         residual, square = tl.where(is_nan, 0.0, residual), tl.where(is_nan, 0.0, square)
-        bound_ptrs = bound_ptr + tile * 3
+        bound_ptrs = bound_ptr + tile * NUM_BOUNDS
         tl.store(bound_ptrs, tl.sqrt(tl.max(residual)).to(tl.float32))
         tl.store(bound_ptrs + 1, tl.sqrt(tl.max(square)).to(tl.float32))
         tl.store(bound_ptrs + 2, scale)
@@ -198,7 +198,7 @@ def make_shadow(
     Q, D = queue.shape
     num_tiles = triton.cdiv(Q, TILE.value)
     shadow = queue.new_empty((num_tiles * TILE.value, padded_dim(D)), dtype=dtype)
-    bound = queue.new_empty((num_tiles, NUM_BOUNDS), dtype=torch.float32)
+    bound = queue.new_empty((num_tiles, NUM_BOUNDS.value), dtype=torch.float32)
     _launch((num_tiles,), queue, None, None, queue, None, None, None, shadow, bound, 0, row)
     return shadow, bound
 
@@ -273,7 +273,7 @@ def machine_code(arch: int) -> Iterator[Launch]:
         ids = partial(meta, dtype=torch.int64)
         queue, rows = meta(Q, D), meta(B, D, dtype=torch.bfloat16)
         for dtype in (torch.float16, torch.int8):
-            shadow, bound = meta(Q, D, dtype=dtype), meta(Q // TILE.value, NUM_BOUNDS)
+            shadow, bound = meta(Q, D, dtype=dtype), meta(Q // TILE.value, NUM_BOUNDS.value)
             buffers = (queue, ids(Q), ids(Q), ids(1), shadow, bound)
             write = partial(enqueue, *buffers, rows, ids(B), ids(B), row=row)
             name = str(dtype).removeprefix("torch.")

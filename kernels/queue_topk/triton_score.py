@@ -181,7 +181,10 @@ def _score_kernel(
                 second = tl.maximum(tl.maximum(second, two), tl.minimum(first, one))
                 first = tl.maximum(first, one)
         if IS_INT8:
-            scale = tl.load(bound_ptr + tile * BLOCK_Q // TILE * 3 + 2) * (largest / 127)[:, None]
+            scale = (
+                tl.load(bound_ptr + tile * BLOCK_Q // TILE * NUM_BOUNDS + 2)
+                * (largest / 127)[:, None]
+            )
             member, rest = first & (MEMBERS - 1), second & (MEMBERS - 1)
             first = ((first - member) // MEMBERS).to(tl.float32) * scale
             first = _tag(first, number + member, MASK)
@@ -331,7 +334,7 @@ def machine_code(arch: int) -> Iterator[Launch]:
         span = span_of(Q)
         first = meta(B, num_groups(Q, span))
         second = torch.empty_like(first, dtype=torch.int16)
-        bound = meta(Q // TILE.value, NUM_BOUNDS)
+        bound = meta(Q // TILE.value, NUM_BOUNDS.value)
         for dtype in (torch.float16, torch.int8):
             shadow = meta(Q, padded_dim(D), dtype=dtype)
             query = meta(B, D, dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ failed, and writes results and pick. One program does one row.
 import triton
 import triton.language as tl
 
-from maect_fast.kernels.queue_topk.triton_queue import TILE, _row_norm
+from maect_fast.kernels.queue_topk.triton_queue import NUM_BOUNDS, TILE, _row_norm
 from maect_fast.kernels.queue_topk.triton_score import (
     INFINITY,
     PAIR,
@@ -139,7 +139,7 @@ def _margin(
     furthest, longest = 0.0, 0.0
     for t in range(0, num_tiles, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
-        bound_ptrs = bound_ptr + offs_t * 3
+        bound_ptrs = bound_ptr + offs_t * NUM_BOUNDS
         furthest = tl.maximum(furthest, tl.max(tl.load(bound_ptrs, offs_t < num_tiles, other=0.0)))
         longest = tl.maximum(
             longest, tl.max(tl.load(bound_ptrs + 1, offs_t < num_tiles, other=0.0))

@@ -149,6 +149,56 @@ def test_triton_at_the_edges_of_its_tiles(
     assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
 
 
+LARGE = [pytest.param("cpp", marks=needs_library), pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", LARGE)
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.float16, True)])
+def test_large_batches(dtype: torch.dtype, transposed: bool, backend: Any) -> None:
+    predicted, neighbour = inputs(4096, 32, dtype=dtype, agreement=0.5)
+    arguments: dict[str, Any] = {"temperature": 0.15, "transposed": transposed}
+    found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend=backend)
+    eager = loss_and_grad(naive, predicted, neighbour, 0.15, transposed)
+    ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), 0.15, transposed)
+    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", LARGE)
+def test_one_rank_of_64(backend: Any) -> None:
+    """512 predictions meet 32,768 neighbours: statistics of the rows, and the gradient."""
+    n, P, T = 512, 32_768, torch.tensor(0.15, dtype=torch.float64)
+    predicted = inputs(n, 32)[0][None]
+    neighbour = unit_rows(P, 32, seed=3)[None]
+
+    def stats(function: Any, dtype: torch.dtype, *more: Any) -> tuple[Tensor, Tensor]:
+        arguments = (predicted.to(dtype), neighbour.to(dtype), T, 1024, False, *more)
+        row_max, row_sum, positive = function(*arguments)
+        return (row_max + row_sum.log()).logsumexp(0), positive
+
+    found = stats(op.row_stats, torch.float32, False, backend)
+    eager, ref64 = (stats(reference.row_stats, x) for x in (torch.float32, torch.float64))
+    for name, one, other, truth in zip(("lse", "positive"), found, eager, ref64, strict=True):
+        assert_within_budget(one, other, truth, name=name)
+
+    weight = -torch.rand(1, n)
+    by_neighbour = torch.stack((ref64[0], torch.ones_like(ref64[0]))).float()
+
+    def gradient(function: Any, dtype: torch.dtype, *more: Any) -> Tensor:
+        rows = (x.to(dtype) for x in (predicted, neighbour))
+        constants = (x.to(dtype) for x in (weight, by_neighbour))
+        result: Tensor = function(torch.tensor(1.0), *rows, T, *constants, None, 1024, *more)[0]
+        return result
+
+    found_grad = gradient(op.gradient, torch.float32, backend)
+    eager_grad, ref64_grad = (
+        gradient(reference.gradient, x) for x in (torch.float32, torch.float64)
+    )
+    assert_within_budget(found_grad, eager_grad, ref64_grad, name="gradient")
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
