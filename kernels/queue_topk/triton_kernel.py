@@ -77,7 +77,6 @@ def search(
     draw: Sequence[Tensor],
     out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     *,
-    dtype: torch.dtype = torch.float16,
     select: LaunchRow | None = None,
 ) -> None:
     """Fill `out`, the fields of TopK, of query [.., n, D] in queue [Q, D].
@@ -94,7 +93,6 @@ def search(
         rank: [.., n], or None.
         draw: seed, step, view and row of a Pick, 0-d, the row perhaps [n]; or empty.
         out: values, indices, picked_index, picked_neighbour, label_hit.
-        dtype: of the shadow that is made.
         select: row of the launch table; None takes that of `k`.
     """
     n, D = query.shape[-2:]
@@ -109,7 +107,7 @@ def search(
     seed, step, view, row = draw or (None, None, None, None)
     numbers = None if row is None or row.ndim == 0 else row
 
-    tiles = SHADOW_BYTES // (padded_dim(D) * dtype.itemsize) // TILE.value
+    tiles = SHADOW_BYTES // (padded_dim(D) * torch.float16.itemsize) // TILE.value
     part = Q if shadow else min(Q, max(1, tiles) * TILE.value)
     span = span_of(part)
     G = num_groups(part, span)
@@ -124,7 +122,7 @@ def search(
     with torch.cuda.device_of(query):
         for i, offset in enumerate(range(0, Q, part)):
             end = min(offset + part, Q)
-            copy, bound = shadow or make_shadow(queue[offset:end], dtype)
+            copy, bound = shadow or make_shadow(queue[offset:end], torch.float16)
             for start in range(0, len(rows), block):
                 here = slice(start, min(start + block, len(rows)))
                 x = rows[here]
