@@ -38,6 +38,13 @@ def triton_obstacle(query: Tensor, queue: Tensor, k: int) -> str | None:
     return gpu.obstacle(query, queue)
 
 
+def _choose(query: Tensor, queue: Tensor, k: int) -> str:
+    """The backend behind "auto": by device, and the reference where no kernel can."""
+    if query.is_cuda:
+        return "reference" if triton_obstacle(query, queue, k) else "triton"
+    return "reference" if cpp.obstacle(query, queue) else "cpp"
+
+
 @torch.library.custom_op("maect_fast::queue_topk", mutates_args=())
 def queue_topk(
     query: Tensor,
@@ -57,12 +64,14 @@ def queue_topk(
     The pick is given as `rank`, drawn by `draw` (the fields of a Pick, or nothing), or not asked
     for. `shadow` has the fields of a Shadow, or nothing.
     """
+    if backend == "auto":
+        backend = _choose(query, queue, k)
     ids_and_labels = (query_id, queue_id, query_label, queue_label)
-    if backend == "triton" or (query.is_cuda and triton_obstacle(query, queue, k) is None):
+    if backend == "triton":
         return search_triton(query, queue, k, *ids_and_labels, rank, draw, shadow)
     if draw:
         rank = draw_ranks(reference.Pick(*draw), query.shape[:-1], k, query.device)
-    if not query.is_cuda and cpp.obstacle(query, queue) is None:
+    if backend == "cpp":
         return search_cpp(query, queue, k, *ids_and_labels, rank)
     result = reference.queue_topk(query, queue, k, *ids_and_labels, rank)
     _, _, index, neighbour, hit = _allocate(query, queue, 0, has_pick=False, has_label=False)

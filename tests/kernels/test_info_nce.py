@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +21,7 @@ from maect_fast.kernels import (
     info_nce_stats,
     symmetric_info_nce,
 )
-from maect_fast.kernels._common import cpp
+from maect_fast.kernels._common import cpp, gpu
 from maect_fast.kernels.info_nce import op, reference
 from maect_fast.testing import assert_within_budget, unit_rows
 
@@ -147,6 +148,26 @@ def test_triton_at_the_edges_of_its_tiles(
     ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
     assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
     assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "D", "backend"),
+    [
+        (90, torch.float32, 256, "triton"),
+        (80, torch.bfloat16, 1024, "triton"),
+        (75, torch.float32, 256, "reference"),
+        (90, torch.float64, 256, "reference"),
+        (90, torch.float32, 1040, "reference"),
+        (90, torch.float32, 40, "reference"),
+    ],
+)
+def test_auto_on_cuda_is_triton(
+    arch: int, dtype: torch.dtype, D: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "sm_arch", lambda device: arch)
+    with FakeTensorMode():
+        predicted, neighbour = (torch.empty(2, 4, D, device="cuda", dtype=dtype) for _ in range(2))
+        assert op._choose("auto", predicted, neighbour) == backend
 
 
 LARGE = [pytest.param("cpp", marks=needs_library), pytest.param("triton", marks=needs_triton)]

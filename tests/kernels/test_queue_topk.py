@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1185,6 +1186,25 @@ def test_enqueue_errors(rows: Tensor, ids: Tensor | None, message: str) -> None:
     state = random_queue(5, 4, num_ids=5, num_classes=2)
     with pytest.raises(ValueError, match=message):
         enqueue(state, rows, sample_id=ids)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "k", "backend"),
+    [
+        (90, torch.float32, 20, "triton"),
+        (80, torch.bfloat16, 200, "triton"),
+        (75, torch.float32, 20, "reference"),
+        (90, torch.float64, 20, "reference"),
+        (90, torch.float32, 201, "reference"),
+    ],
+)
+def test_auto_on_cuda_is_triton(
+    arch: int, dtype: torch.dtype, k: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "sm_arch", lambda device: arch)
+    with FakeTensorMode():
+        query, queue = (torch.empty(n, 8, device="cuda", dtype=dtype) for n in (3, 300))
+        assert op._choose(query, queue, k) == backend
 
 
 def test_a_shadow_is_made_where_triton_searches(monkeypatch: pytest.MonkeyPatch) -> None:
