@@ -759,7 +759,7 @@ def test_group_maxima_are_those_of_the_scores(
 
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 @pytest.mark.parametrize("kind", QUEUES)
-@pytest.mark.parametrize(("k", "D"), [(20, 37), (1, 64)])
+@pytest.mark.parametrize(("k", "D"), [(20, 37), pytest.param(1, 64, marks=pytest.mark.slow)])
 def test_triton_gives_the_bits_of_fp64(
     kind: str, k: int, D: int, dtype: torch.dtype, device: torch.device
 ) -> None:
