@@ -62,7 +62,9 @@ def _slice(
     if IS_UPDATE:
         mask = in_rows[:, None] & mask_d
         x = tl.load(rows_ptrs[:, None] + offs_d[None, :], mask, other=0.0)
-        c = tl.where(mask, tl.div_rn(x.to(tl.float32), norm[:, None]), c)
+        unit = tl.div_rn(x.to(tl.float32), norm[:, None])
+        # As it will be stored.
+        c = tl.where(mask, unit.to(queue_ptrs.dtype.element_ty).to(tl.float32), c)
     return c
 
 

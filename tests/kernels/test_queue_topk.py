@@ -1028,14 +1028,16 @@ def simulate(state: QueueState, batches: list[tuple[Tensor, Tensor, Tensor]]) ->
 
 
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("master", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("Q", "sizes"), [(300, [7, 200, 150, 601, 1]), (129, [128, 3, 1, 130]), (256, [128, 128, 5])]
 )
 def test_enqueue_keeps_the_shadow(
-    Q: int, sizes: list[int], dtype: torch.dtype, device: torch.device
+    Q: int, sizes: list[int], master: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Bit by bit what is made anew, whatever tiles a batch ends in."""
-    state = with_shadow(random_queue(Q, 40, num_ids=Q, num_classes=3, device=device), dtype=dtype)
+    state = random_queue(Q, 40, num_ids=Q, num_classes=3, device=device)
+    state = with_shadow(state._replace(queue=state.queue.to(master)), dtype=dtype)
     for i, B in enumerate(sizes):
         rows = 3 * unit_rows(B, 40, device=device, seed=i)
         if i == 1:
