@@ -7,6 +7,7 @@ rows each take the step of one process with W * n rows. `group=None`: one proces
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,8 @@ __all__ = [
     "start_all_gather_rows",
 ]
 
-# Groups of CUDA tensors whose ranks have been compared once.
-_CHECKED: set[int] = set()
+# Groups whose ranks brought equally many rows on CUDA, the one time that they were compared.
+_CHECKED: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,13 @@ def check_equal_rows(name: str, x: Tensor, group: dist.ProcessGroup | None) -> N
     Raises:
         ValueError: ranks with different numbers.
     """
-    if group is None or (x.is_cuda and id(group) in _CHECKED):
+    if group is None or (x.is_cuda and group in _CHECKED):
         return
-    _CHECKED.add(id(group))
     sizes = all_gather_rows(torch.tensor([x.shape[0]], device=x.device), group).tolist()
     if len(set(sizes)) > 1:
         raise ValueError(f"{name}: expected equally many rows on every rank, got {sizes}")
+    if x.is_cuda:
+        _CHECKED.add(group)
 
 
 def all_reduce_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:

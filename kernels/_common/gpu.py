@@ -2,11 +2,12 @@
 
 import functools
 import importlib.util
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-__all__ = ["num_multiprocessors", "obstacle", "sm_arch", "table_arch"]
+__all__ = ["current", "num_multiprocessors", "obstacle", "sm_arch", "table_arch"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tensor cores with bf16 and asynchronous copies begin here.
@@ -30,6 +31,13 @@ def obstacle(*tensors: Tensor) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs Triton: pip install triton"
     return None
+
+
+def current(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's device the current one, on which Triton launches whatever it is given."""
+    context: AbstractContextManager[None]
+    context = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return context
 
 
 @functools.cache

@@ -68,7 +68,8 @@ def row_stats(
     inputs = (predicted, neighbour, temperature, first, transposed)
     match _choose(backend, predicted, neighbour):
         case "triton":
-            result: tuple[Tensor, Tensor, Tensor] = _triton().row_stats(*inputs, online)
+            with gpu.current(predicted):
+                result: tuple[Tensor, Tensor, Tensor] = _triton().row_stats(*inputs, online)
             return result
         case "cpp":
             return row_stats_cpp(*inputs)
@@ -131,7 +132,8 @@ def finish(
         return reference.finish(row_max, row_sum, positive)
     parts = row_max.contiguous(), row_sum.contiguous()
     result: tuple[Tensor, Tensor, Tensor, Tensor]
-    result = _triton().finish(*parts, positive.contiguous())
+    with gpu.current(positive):
+        result = _triton().finish(*parts, positive.contiguous())
     return result
 
 
@@ -187,7 +189,8 @@ def gradient(
     inputs = (predicted, neighbour, temperature, weight, by_neighbour, by_predicted, first)
     match _choose(backend, predicted, neighbour):
         case "triton":
-            result: tuple[Tensor, Tensor] = _triton().gradient(grad, *inputs)
+            with gpu.current(predicted):
+                result: tuple[Tensor, Tensor] = _triton().gradient(grad, *inputs)
             return result
         case "cpp":
             return gradient_cpp(grad, *inputs)

@@ -27,8 +27,8 @@ def queue_topk(
 
     Sorted by (score descending, slot ascending). A slot with the query's own id scores exactly -1
     and comes last: it is returned only when fewer than k others exist. NaN scores rank, and return,
-    as -inf; slots are always valid. Temporary memory grows with neither n nor Q. No gradient.
-    On CUDA a QueueState `with_shadow` is searched faster.
+    as -inf; slots are always valid. Memory beyond the result's size grows with neither n nor Q.
+    No gradient. On CUDA a QueueState `with_shadow` is searched faster.
 
     Args:
         query: [n, D] or [V, n, D] (views, searched in one pass), any float dtype; normalised inside

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from maect_fast.kernels._common import gpu
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
 from maect_fast.kernels.queue_topk import triton_queue, triton_score
 from maect_fast.kernels.queue_topk.triton_queue import (
@@ -119,7 +120,7 @@ def search(
     seconds = torch.empty_like(firsts, dtype=torch.int16)
     candidate = rows.new_empty((block, NUM_CANDIDATES), dtype=torch.int32)
     verdict = rows.new_empty((block, 2), dtype=torch.float32)
-    with torch.cuda.device_of(query):
+    with gpu.current(query):
         for i, offset in enumerate(range(0, Q, part)):
             end = min(offset + part, Q)
             copy, bound = shadow or make_shadow(queue[offset:end], torch.float16)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maect_fast.kernels._common import gpu
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
 
 __all__ = ["TILE", "enqueue", "machine_code", "make_shadow", "padded_dim"]
@@ -201,7 +202,8 @@ def make_shadow(
     num_tiles = triton.cdiv(Q, TILE.value)
     shadow = queue.new_empty((num_tiles * TILE.value, padded_dim(D)), dtype=dtype)
     bound = queue.new_empty((num_tiles, NUM_BOUNDS.value), dtype=torch.float32)
-    _launch((num_tiles,), queue, None, None, queue, None, None, None, shadow, bound, 0, row)
+    with gpu.current(queue):
+        _launch((num_tiles,), queue, None, None, queue, None, None, None, shadow, bound, 0, row)
     return shadow, bound
 
 
@@ -225,8 +227,9 @@ def enqueue(
     # B rows in a row touch so many tiles at most, two of them in part, and perhaps the short last.
     grid = (min(triton.cdiv(B, TILE.value) + 2, triton.cdiv(Q, TILE.value)),)
     buffers = (queue, queue_y, queue_id, queue_ptr, shadow, bound)
-    _launch(grid, rows, sample_id, label, *buffers, B, row)
-    _advance_kernel[(1,)](queue_ptr, B, Q, **ADVANCE.options)
+    with gpu.current(queue):
+        _launch(grid, rows, sample_id, label, *buffers, B, row)
+        _advance_kernel[(1,)](queue_ptr, B, Q, **ADVANCE.options)
 
 
 def _launch(
@@ -282,4 +285,6 @@ def machine_code(arch: int) -> Iterator[Launch]:
             yield Launch(kernel=_tile_kernel, row=row, call=write, variant=f"enqueue {name}")
             make = partial(make_shadow, queue, dtype, row=row)
             yield Launch(kernel=_tile_kernel, row=row, call=make, variant=f"shadow {name}")
+        bare = partial(enqueue, *buffers[:4], None, None, rows, ids(B), ids(B), row=row)
+        yield Launch(kernel=_tile_kernel, row=row, call=bare, variant="enqueue, no shadow")
         yield Launch(kernel=_advance_kernel, row=ADVANCE, call=write)

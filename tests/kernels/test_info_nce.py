@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from allocation import Allocated
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, normalize
@@ -168,6 +170,21 @@ def test_auto_on_cuda_is_triton(
     with FakeTensorMode():
         predicted, neighbour = (torch.empty(2, 4, D, device="cuda", dtype=dtype) for _ in range(2))
         assert op._choose("auto", predicted, neighbour) == backend
+
+
+@needs_triton
+def test_triton_launches_on_the_inputs_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may not be the current one: forward, finish, backward."""
+    devices: list[torch.device] = []
+
+    def current(x: Tensor) -> Any:
+        devices.append(x.device)
+        return nullcontext()
+
+    monkeypatch.setattr(gpu, "current", current)
+    predicted, neighbour = inputs(2, 3, 16)
+    loss_and_grad(info_nce, predicted, neighbour, temperature=0.2, backend="triton")
+    assert devices == [predicted.device] * 3
 
 
 LARGE = [pytest.param("cpp", marks=needs_library), pytest.param("triton", marks=needs_triton)]
@@ -461,20 +478,6 @@ class NoKernel:
         return lambda *_, **__: None
 
 
-class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of all new tensors."""
-
-    num_bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view:
-            self.num_bytes += result.numel() * result.itemsize
-        return result
-
-
 @needs_triton
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("V", [1, 2])
@@ -596,7 +599,9 @@ def test_temperature_may_be_a_tensor(backend: Any, device: torch.device) -> None
     expected = info_nce(predicted, neighbour, temperature=0.25, backend=backend)
     for temperature in (torch.tensor(0.25), torch.tensor(0.25, device=device)):
         found = info_nce(predicted, neighbour, temperature=temperature, backend=backend)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        # Not knowing it, the Triton kernel shifts each row by its own maximum.
+        rtol = 1e-6 if backend == "triton" or device.type == "cuda" else 0
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
 
 
 def test_two_runs_are_bitwise_equal(backend: Any, device: torch.device) -> None:
@@ -1088,10 +1093,11 @@ def check_symmetric(
         ("first", "second"), found[1:], eager[1:], ref64[1:], strict=False
     ):
         assert_within_budget(one, other, truth, name=name)
-    # As a sum over all pairs it has no entries to be compared with the largest of.
-    scale = float(ref64[3].abs()) + 1
-    eps = torch.finfo(dtype).eps
-    assert abs(found[3] - ref64[3]) <= 8 * eps * scale / temperature
+    # A sum over all pairs, in which the roundings of logits mostly cancel: those of half precision,
+    # which are of the products, more than those of fp32.
+    share = 1 if dtype == torch.float32 else 1 / 16
+    band = share * torch.finfo(dtype).eps * (float(ref64[3].abs()) + 1) / temperature
+    assert abs(found[3] - ref64[3]) <= band
 
 
 @pytest.mark.usefixtures("poison")

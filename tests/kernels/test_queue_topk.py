@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocation import Allocated
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
@@ -956,20 +958,6 @@ def test_a_step_takes_five_launches_and_waits_for_nothing(
     assert update == ["_tile_kernel", "_advance_kernel"]
 
 
-class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of all tensors that operations allocate."""
-
-    bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not func.is_view:
-            self.bytes += out.numel() * out.element_size()
-        return out
-
-
 def test_a_search_of_both_views_takes_16_mb(monkeypatch: pytest.MonkeyPatch) -> None:
     step, _ = meta_search(monkeypatch)
     with Allocated() as allocated:  # type: ignore[no-untyped-call]
@@ -978,7 +966,7 @@ def test_a_search_of_both_views_takes_16_mb(monkeypatch: pytest.MonkeyPatch) -> 
     results = sum(x.numel() * x.element_size() for x in found)
     # The ids that the enqueue is called with are none of the search's.
     others = 8 * (2 * 65_536 + 1 + 2 * 512)
-    assert 12e6 < allocated.bytes - results - others <= 16e6
+    assert 12e6 < allocated.num_bytes - results - others <= 16e6
 
 
 @pytest.mark.gpu
@@ -1188,6 +1176,21 @@ def test_enqueue_errors(rows: Tensor, ids: Tensor | None, message: str) -> None:
     state = random_queue(5, 4, num_ids=5, num_classes=2)
     with pytest.raises(ValueError, match=message):
         enqueue(state, rows, sample_id=ids)
+
+
+def test_triton_launches_on_the_inputs_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may not be the current one: shadow, update, search."""
+    devices: list[torch.device] = []
+
+    def current(x: Tensor) -> Any:
+        devices.append(x.device)
+        return nullcontext()
+
+    monkeypatch.setattr(gpu, "current", current)
+    state = with_shadow(random_queue(5, 4, num_ids=5, num_classes=2))
+    enqueue(state, state.queue[:2])
+    queue_topk(state.queue[:1], state, k=2, backend="triton")
+    assert devices == [state.queue.device] * 3
 
 
 @pytest.mark.parametrize(
