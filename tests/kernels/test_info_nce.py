@@ -1093,10 +1093,16 @@ def check_symmetric(
         ("first", "second"), found[1:], eager[1:], ref64[1:], strict=False
     ):
         assert_within_budget(one, other, truth, name=name)
-    # A sum over all pairs, in which the roundings of logits mostly cancel: those of half precision,
-    # which are of the products, more than those of fp32.
-    share = 1 if dtype == torch.float32 else 1 / 16
-    band = share * torch.finfo(dtype).eps * (float(ref64[3].abs()) + 1) / temperature
+    # A sum over all pairs, which may cancel: its terms' magnitudes say how well it can be known. The
+    # roundings of logits, which in half precision are of the products, mostly cancel.
+    views = (x.to(dtype).double() for x in both_views(n, D, device=device))
+    rows = 2 * n if same_view else n
+    pairs = torch.full(
+        (rows, rows), temperature, dtype=torch.float64, device=device
+    ).requires_grad_()
+    (terms,) = torch.autograd.grad(definition(*views, pairs), pairs)
+    share = 1 if dtype == torch.float32 else 1 / 8
+    band = share * torch.finfo(dtype).eps * terms.abs().sum()
     assert abs(found[3] - ref64[3]) <= band
 
 
