@@ -1,6 +1,8 @@
 """Attention backward on the device: no atomics, each row of a gradient has one owner.
 
-Scores are recomputed with keys as rows, S^T: its P^T and dS^T then feed dV and dK from registers.
+Two forms here: all of a head in one block, for short sequences; and two kinds of programs, one for
+queries and one for keys, for any. Scores may be recomputed with keys as rows, S^T: P^T and dS^T
+then feed dV and dK from registers.
 """
 
 import triton
@@ -11,35 +13,17 @@ from maect_fast.kernels.masked_attention.triton_rows import (
     dot,
     dot_t,
     find_sample,
-    get,
     head_of,
-    key_blocks,
     key_rows,
+    load_lse,
     load_rows,
     query_rows,
     row_sums,
-    start_of,
-    store_rows,
+    store_counted,
     zeros,
 )
 
-__all__ = ["bwd_resident_kernel", "bwd_two_phase_kernel"]
-
-
-@triton.jit
-def _load_lse(lse_ptr, offs_m, mask):
-    """lse to base 2; +inf, so that P = 0, for rows outside and for those without keys."""
-    lse = tl.load(lse_ptr + offs_m, mask=mask, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@triton.jit
-def _store(ptr, rows, stride, inside, counts, x, factor, D: tl.constexpr):
-    """Store factor * x in the rows inside; zeros where a row does not count."""
-    y = ()
-    for i in tl.static_range(len(x)):
-        y = y + (tl.where(counts[:, None], x[i] * factor, 0.0),)
-    store_rows(ptr, rows, stride, inside, y, D)
+__all__ = ["bwd_block_kernel", "bwd_two_phase_kernel"]
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -132,16 +116,16 @@ def bwd_two_phase_kernel(
             q = load_rows(q_ptr, rows_m, stride_qm * ALIGN, mask, D, False)
             do = load_rows(do_ptr, rows_m, stride_dom * ALIGN, mask, D, False)
             o = load_rows(o_ptr, rows_m, H * D, mask, D, False)
-            lse = _load_lse(lse_ptr, offs_m, mask)
+            lse = load_lse(lse_ptr, offs_m, mask)
             delta = row_sums(o, do)
             # Keys that take no part are rows here: they spoil none but their own.
             p = tl.exp2(dot_t(k, q) * (scale * LOG2E) - lse[None, :])
             ds = p * (dot_t(v, do) - delta[None, :])
             dv = dot(p, do, dv)
             dk = dot(ds, q, dk)
-        inside = offs_n < (num_keys if IS_PACKED else N)
-        _store(dk_ptr, rows_n, stride_d, inside, takes_part, dk, scale, D)
-        _store(dv_ptr, rows_n, stride_d, inside, takes_part, dv, 1.0, D)
+        inside_n = offs_n < (num_keys if IS_PACKED else N)
+        store_counted(dk_ptr, rows_n, stride_d, inside_n, takes_part, dk, scale, D)
+        store_counted(dv_ptr, rows_n, stride_d, inside_n, takes_part, dv, 1.0, D)
     else:
         m = (block - num_key_blocks) * QUERIES_M
         offs_m = m + tl.arange(0, QUERIES_M)
@@ -149,7 +133,7 @@ def bwd_two_phase_kernel(
         q = load_rows(q_ptr, rows_m, stride_qm * ALIGN, mask, D, False)
         do = load_rows(do_ptr, rows_m, stride_dom * ALIGN, mask, D, False)
         o = load_rows(o_ptr, rows_m, H * D, mask, D, False)
-        lse = _load_lse(lse_ptr, offs_m, mask)
+        lse = load_lse(lse_ptr, offs_m, mask)
         delta = row_sums(o, do)
         dq = zeros(QUERIES_M, D)
         for n in tl.range(0, tl.where(m < num_queries, num_keys, 0), QUERIES_N):
@@ -164,14 +148,14 @@ def bwd_two_phase_kernel(
             p = tl.where(takes_part[None, :], p, 0.0)
             ds = p * (dot_t(do, v) - delta[:, None])
             dq = dot(ds, k, dq)
-        inside = offs_m < (num_queries if IS_PACKED else M)
+        inside_m = offs_m < (num_queries if IS_PACKED else M)
         # NaN of a row without keys ends here.
         counts = mask & (lse != float("inf"))
-        _store(dq_ptr, rows_m, stride_d, inside, counts, dq, scale, D)
+        store_counted(dq_ptr, rows_m, stride_d, inside_m, counts, dq, scale, D)
 
 
 @triton.jit(do_not_specialize=["M", "N"])
-def bwd_resident_kernel(
+def bwd_block_kernel(
     do_ptr,
     q_ptr,
     k_ptr,
@@ -213,11 +197,9 @@ def bwd_resident_kernel(
     IS_BOUND: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    NUM_KEYS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    LICM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One program per sample and head: dK and dV of all keys in registers, dQ block by block."""
+    """One program per sample and head, all in one block: softmax again, neither lse nor O read."""
     h = tl.program_id(0) % H
     b = (tl.program_id(0) // H).to(tl.int64)
     first, num_queries, num_keys = find_sample(
@@ -227,67 +209,32 @@ def bwd_resident_kernel(
     q_ptr = head_of(q_ptr, b, first, h, stride_qb, stride_qm, stride_qh, ALIGN)
     k_ptr = head_of(k_ptr, b, first, h, stride_kb, stride_kn, stride_kh, ALIGN)
     v_ptr = head_of(v_ptr, b, first, h, stride_vb, stride_vn, stride_vh, ALIGN)
-    o_ptr = head_of(o_ptr, b, first, h, stride_ob, H * D, D, 1)
     dq_ptr = head_of(dq_ptr, b, first, h, stride_dqb, stride_d, D, 1)
     dk_ptr = head_of(dk_ptr, b, first, h, stride_dkb, stride_d, D, 1)
     dv_ptr = head_of(dv_ptr, b, first, h, stride_dkb, stride_d, D, 1)
-    lse_ptr += (b * H + h) * M
     keep_ptr += b * N
     mask_ptr += b * stride_mb
 
-    BLOCKS: tl.constexpr = key_blocks(NUM_KEYS)
-    IS_RAGGED: tl.constexpr = IS_PACKED or HAS_LENGTHS or HAS_MASK
-    k = ()
-    v = ()
-    dk = ()
-    dv = ()
-    for t in tl.static_range(len(BLOCKS)):
-        IS_FULL: tl.constexpr = not IS_RAGGED and t + 1 < len(BLOCKS)
-        offs_n = start_of(BLOCKS, t) + tl.arange(0, get(BLOCKS, t))
-        rows_n, takes_part = key_rows(
-            offs_n, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK
-        )
-        k = k + (load_rows(k_ptr, rows_n, stride_kn * ALIGN, takes_part, D, IS_FULL),)
-        v = v + (load_rows(v_ptr, rows_n, stride_vn * ALIGN, takes_part, D, IS_FULL),)
-        dk = dk + (zeros(get(BLOCKS, t), D),)
-        dv = dv + (zeros(get(BLOCKS, t), D),)
-
-    for m in tl.range(0, M, BLOCK_M, disable_licm=not LICM):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        rows_m, mask = query_rows(offs_m, num_queries, keep_ptr, HAS_KEEP)
-        q = load_rows(q_ptr, rows_m, stride_qm * ALIGN, mask, D, False)
-        do = load_rows(do_ptr, rows_m, stride_dom * ALIGN, mask, D, False)
-        o = load_rows(o_ptr, rows_m, H * D, mask, D, False)
-        lse = _load_lse(lse_ptr, offs_m, mask)
-        delta = row_sums(o, do)
-        dq = zeros(BLOCK_M, D)
-        new_dk = ()
-        new_dv = ()
-        for t in tl.static_range(len(BLOCKS)):
-            p = tl.exp2(dot_t(k[t], q) * (scale * LOG2E) - lse[None, :])
-            if IS_RAGGED or t + 1 == len(BLOCKS):
-                offs_n = start_of(BLOCKS, t) + tl.arange(0, get(BLOCKS, t))
-                rows_n, takes_part = key_rows(
-                    offs_n, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK
-                )
-                # exp2(0 - lse) may be inf, and inf times the zeros of k is not zero.
-                p = tl.where(takes_part[:, None], p, 0.0)
-            ds = (p * (dot_t(v[t], do) - delta[None, :])).to(q_ptr.dtype.element_ty)
-            new_dv = new_dv + (dot(p, do, dv[t]),)
-            new_dk = new_dk + (dot(ds, q, dk[t]),)
-            dq = dot(tl.trans(ds), k[t], dq)
-        dk = new_dk
-        dv = new_dv
-        inside = offs_m < (num_queries if IS_PACKED else M)
-        # NaN of a row without keys ends here.
-        counts = mask & (lse != float("inf"))
-        _store(dq_ptr, rows_m, stride_d, inside, counts, dq, scale, D)
-
-    for t in tl.static_range(len(BLOCKS)):
-        offs_n = start_of(BLOCKS, t) + tl.arange(0, get(BLOCKS, t))
-        rows_n, takes_part = key_rows(
-            offs_n, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK
-        )
-        inside = offs_n < (num_keys if IS_PACKED else N)
-        _store(dk_ptr, rows_n, stride_d, inside, takes_part, dk[t], scale, D)
-        _store(dv_ptr, rows_n, stride_d, inside, takes_part, dv[t], 1.0, D)
+    offs = tl.arange(0, BLOCK)
+    rows_m, mask = query_rows(offs, num_queries, keep_ptr, HAS_KEEP)
+    rows_n, takes_part = key_rows(offs, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK)
+    q = load_rows(q_ptr, rows_m, stride_qm * ALIGN, mask, D, False)
+    k = load_rows(k_ptr, rows_n, stride_kn * ALIGN, takes_part, D, False)
+    s = tl.where(takes_part[None, :], dot_t(q, k), float("-inf"))
+    largest = tl.max(s, axis=1)
+    has_keys = largest != float("-inf")
+    p = tl.exp2((s - tl.where(has_keys, largest, 0.0)[:, None]) * (scale * LOG2E))
+    # Queries outside count for nothing: their weights are zeros.
+    p = p * tl.where(mask & has_keys, 1.0 / tl.sum(p, axis=1), 0.0)[:, None]
+    do = load_rows(do_ptr, rows_m, stride_dom * ALIGN, mask, D, False)
+    v = load_rows(v_ptr, rows_n, stride_vn * ALIGN, takes_part, D, False)
+    dp = dot_t(do, v)
+    ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(q_ptr.dtype.element_ty)
+    dq = dot(ds, k, zeros(BLOCK, D))
+    inside = offs < (num_queries if IS_PACKED else M)
+    store_counted(dq_ptr, rows_m, stride_d, inside, mask & has_keys, dq, scale, D)
+    inside = offs < (num_keys if IS_PACKED else N)
+    dv = dot(tl.trans(p.to(q_ptr.dtype.element_ty)), do, zeros(BLOCK, D))
+    store_counted(dv_ptr, rows_n, stride_d, inside, takes_part, dv, 1.0, D)
+    dk = dot(tl.trans(ds), q, zeros(BLOCK, D))
+    store_counted(dk_ptr, rows_n, stride_d, inside, takes_part, dk, scale, D)

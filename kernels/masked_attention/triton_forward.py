@@ -123,14 +123,31 @@ def fwd_resident_kernel(
     IS_RAGGED: tl.constexpr = IS_PACKED or HAS_LENGTHS or HAS_MASK
     k = ()
     v = ()
-    takes_part = ()
     for t in tl.static_range(len(BLOCKS)):
-        IS_FULL: tl.constexpr = not IS_RAGGED and t + 1 < len(BLOCKS)
         offs_n = start_of(BLOCKS, t) + tl.arange(0, get(BLOCKS, t))
-        rows, mask = key_rows(offs_n, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK)
-        k = k + (load_rows(k_ptr, rows, stride_kn * ALIGN, mask, D, IS_FULL),)
-        v = v + (load_rows(v_ptr, rows, stride_vn * ALIGN, mask, D, IS_FULL),)
-        takes_part = takes_part + (mask,)
+        rows_n, takes_part = key_rows(
+            offs_n, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK
+        )
+        k = k + (
+            load_rows(
+                k_ptr,
+                rows_n,
+                stride_kn * ALIGN,
+                takes_part,
+                D,
+                not IS_RAGGED and t + 1 < len(BLOCKS),
+            ),
+        )
+        v = v + (
+            load_rows(
+                v_ptr,
+                rows_n,
+                stride_vn * ALIGN,
+                takes_part,
+                D,
+                not IS_RAGGED and t + 1 < len(BLOCKS),
+            ),
+        )
 
     for m in tl.range(0, num_queries, BLOCK_M, disable_licm=not LICM):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -141,7 +158,12 @@ def fwd_resident_kernel(
         for t in tl.static_range(len(BLOCKS)):
             s = dot_t(q, k[t])
             if IS_RAGGED or t + 1 == len(BLOCKS):
-                s = tl.where(takes_part[t][None, :], s, float("-inf"))
+                # Once more, or its predicates would stay in registers.
+                offs_n = start_of(BLOCKS, t) + tl.arange(0, get(BLOCKS, t))
+                rows_n, takes_part = key_rows(
+                    offs_n, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK
+                )
+                s = tl.where(takes_part[None, :], s, float("-inf"))
             row_max = tl.maximum(row_max, tl.max(s, axis=1))
             scores = scores + (s,)
         row_max = _finite(row_max) * (scale * LOG2E)
@@ -185,47 +207,6 @@ def fwd_resident_kernel(
                 HAS_LENGTHS,
                 SAVE_LSE,
             )
-
-
-@triton.jit
-def _stream(
-    q,
-    row_max,
-    row_sum,
-    acc,
-    k_ptr,
-    v_ptr,
-    keep_ptr,
-    mask_ptr,
-    scale,
-    start,
-    num_keys,
-    stride_kn,
-    stride_vn,
-    stride_mn,
-    D: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    IS_FULL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Online softmax over one block of keys."""
-    offs_n = start + tl.arange(0, BLOCK_N)
-    rows, mask = key_rows(offs_n, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK)
-    k = load_rows(k_ptr, rows, stride_kn, mask, D, IS_FULL)
-    v = load_rows(v_ptr, rows, stride_vn, mask, D, IS_FULL)
-    s = dot_t(q, k)
-    if not IS_FULL:
-        s = tl.where(mask[None, :], s, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(s, axis=1))
-    shift = _finite(new_max) * (scale * LOG2E)
-    # Of rows without keys so far: exp2(-inf) = 0.
-    fade = tl.exp2(row_max * (scale * LOG2E) - shift)
-    p = tl.exp2(s * (scale * LOG2E) - shift[:, None])
-    faded = ()
-    for i in tl.static_range(len(acc)):
-        faded = faded + (acc[i] * fade[:, None],)
-    return new_max, row_sum * fade + tl.sum(p, axis=1), dot(p, v, faded)
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -288,51 +269,25 @@ def fwd_streaming_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = zeros(BLOCK_M, D)
     num_keys = tl.where(m < num_queries, num_keys, 0)
-    num_full = 0 if HAS_MASK else num_keys // BLOCK_N * BLOCK_N
-    for n in tl.range(0, num_full, BLOCK_N):
-        row_max, row_sum, acc = _stream(
-            q,
-            row_max,
-            row_sum,
-            acc,
-            k_ptr,
-            v_ptr,
-            keep_ptr,
-            mask_ptr,
-            scale,
-            n,
-            num_keys,
-            stride_kn * ALIGN,
-            stride_vn * ALIGN,
-            stride_mn,
-            D,
-            HAS_KEEP,
-            HAS_MASK,
-            True,
-            BLOCK_N,
+    for n in tl.range(0, num_keys, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        rows_n, takes_part = key_rows(
+            offs_n, num_keys, keep_ptr, mask_ptr, stride_mn, HAS_KEEP, HAS_MASK
         )
-    for n in tl.range(num_full, num_keys, BLOCK_N):
-        row_max, row_sum, acc = _stream(
-            q,
-            row_max,
-            row_sum,
-            acc,
-            k_ptr,
-            v_ptr,
-            keep_ptr,
-            mask_ptr,
-            scale,
-            n,
-            num_keys,
-            stride_kn * ALIGN,
-            stride_vn * ALIGN,
-            stride_mn,
-            D,
-            HAS_KEEP,
-            HAS_MASK,
-            False,
-            BLOCK_N,
-        )
+        k = load_rows(k_ptr, rows_n, stride_kn * ALIGN, takes_part, D, False)
+        v = load_rows(v_ptr, rows_n, stride_vn * ALIGN, takes_part, D, False)
+        s = tl.where(takes_part[None, :], dot_t(q, k), float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, axis=1))
+        shift = _finite(new_max) * (scale * LOG2E)
+        # For rows without keys so far exp2(-inf) = 0.
+        fade = tl.exp2(row_max * (scale * LOG2E) - shift)
+        p = tl.exp2(s * (scale * LOG2E) - shift[:, None])
+        row_sum = row_sum * fade + tl.sum(p, axis=1)
+        faded = ()
+        for i in tl.static_range(len(acc)):
+            faded = faded + (acc[i] * fade[:, None],)
+        acc = dot(p, v, faded)
+        row_max = new_max
     row_max = _finite(row_max) * (scale * LOG2E)
     _finish(
         acc, row_max, row_sum, o_ptr, lse_ptr, offs_m, rows, mask, M, H, D, HAS_LENGTHS, SAVE_LSE

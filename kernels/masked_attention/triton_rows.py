@@ -10,7 +10,6 @@ import triton.language as tl
 __all__ = [
     "LN2",
     "LOG2E",
-    "column_sums",
     "dot",
     "dot_t",
     "feature_blocks",
@@ -19,20 +18,21 @@ __all__ = [
     "head_of",
     "key_blocks",
     "key_rows",
+    "load_lse",
     "load_rows",
+    "padded",
     "query_rows",
     "row_sums",
-    "scaled",
     "start_of",
+    "store_counted",
     "store_rows",
+    "zero_rows",
     "zero_tail_kernel",
     "zeros",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# For fp32 three products of rounded factors, together as good as one in fp32; no matter for halves.
-PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.constexpr_function
@@ -42,6 +42,12 @@ def feature_blocks(D):
     first = 1 << (padded.bit_length() - 1)
     rest = padded - first
     return (first, triton.next_power_of_2(rest)) if rest else (first,)
+
+
+@triton.constexpr_function
+def padded(D):
+    """Width of D features in blocks."""
+    return sum(feature_blocks(D))
 
 
 @triton.constexpr_function
@@ -166,9 +172,9 @@ def zeros(num_rows: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def dot_t(x, y):
     """``x @ y.T`` over the features of both, fp32."""
-    acc = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    acc = tl.dot(x[0], tl.trans(y[0]))
     for i in tl.static_range(1, len(x)):
-        acc = tl.dot(x[i], tl.trans(y[i]), acc, input_precision=PRECISION)
+        acc = tl.dot(x[i], tl.trans(y[i]), acc)
     return acc
 
 
@@ -178,16 +184,7 @@ def dot(p, x, acc):
     p = p.to(x[0].dtype)
     new = ()
     for i in tl.static_range(len(x)):
-        new = new + (tl.dot(p, x[i], acc[i], input_precision=PRECISION),)
-    return new
-
-
-@triton.jit
-def scaled(x, factor):
-    """Blocks times a number, or times one per row [rows, 1]."""
-    new = ()
-    for i in tl.static_range(len(x)):
-        new = new + (x[i] * factor,)
+        new = new + (tl.dot(p, x[i], acc[i]),)
     return new
 
 
@@ -200,12 +197,36 @@ def row_sums(x, y):
     return total
 
 
+@triton.jit
+def load_lse(lse_ptr, offs_m, mask):
+    """Load lse, to base 2; +inf, so that P = 0, for rows outside and for those without keys."""
+    lse = tl.load(lse_ptr + offs_m, mask=mask, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def store_counted(ptr, rows, stride, inside, counts, x, factor, D: tl.constexpr):
+    """Store factor * x in the rows inside; zeros where a row does not count."""
+    y = ()
+    for i in tl.static_range(len(x)):
+        y = y + (tl.where(counts[:, None], x[i] * factor, 0.0),)
+    store_rows(ptr, rows, stride, inside, y, D)
+
+
+@triton.jit
+def zero_rows(ptr, start, end, stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero the rows of a head in the blocks behind that of row `start`."""
+    for m in tl.range(tl.cdiv(start, BLOCK) * BLOCK, end, BLOCK):
+        offs = m + tl.arange(0, BLOCK)
+        store_rows(ptr, offs, stride, offs < end, zeros(BLOCK, D), D)
+
+
 @triton.jit(do_not_specialize=["T"])
 def zero_tail_kernel(x_ptr, bounds_ptr, T, WIDTH, BLOCK: tl.constexpr):
     """Zero the packed rows x [T, WIDTH] behind the last segment, whose end lies at the pointer."""
     end = T.to(tl.int64) * WIDTH
-    step = tl.num_programs(0) * BLOCK
-    offs = tl.load(bounds_ptr).to(tl.int64) * WIDTH + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    while tl.min(offs, axis=0) < end:
+    start = tl.load(bounds_ptr).to(tl.int64) * WIDTH + tl.program_id(0) * BLOCK
+    while start < end:
+        offs = start + tl.arange(0, BLOCK)
         tl.store(x_ptr + offs, tl.zeros((BLOCK,), x_ptr.dtype.element_ty), mask=offs < end)
-        offs += step
+        start += tl.num_programs(0) * BLOCK
