@@ -1,7 +1,5 @@
 """The public functions: contract, checks, choice of the backend."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -30,8 +28,8 @@ def masked_attention(
     """Self-attention on packed projections: ``softmax(scale * Q K^T) V`` per sample and head.
 
     At most one of `keep`, `seqlens`, `cu_seqlens` says which tokens there are; without, all N. Rows
-    of other tokens, and queries without a key, are zero in the result and its gradient. NaN and Inf
-    in what takes no part go nowhere. The gradient goes to `qkv` alone, as one contiguous buffer.
+    of others, and queries without a key, are zero in the result and its gradient. NaN and Inf in
+    what takes no part go nowhere. The gradient goes to `qkv` alone, as one contiguous buffer.
 
     Args:
         qkv: [B, N, 3, H, D] or packed [T, 3, H, D]; fp16, bf16, fp32 or fp64; last stride 1.
@@ -41,8 +39,7 @@ def masked_attention(
         max_seqlen: with `cu_seqlens`, an int; what a longer segment gives is undefined.
         key_mask: [B, N] bool, True = takes part as a key (as a query it does anyway).
         scale: factor of the scores, ``D ** -0.5`` by default.
-        backend: "auto": Triton for fp16 and bf16 on CUDA, else PyTorch's own kernels, on the CPU
-            SDPA's; "triton"; "reference", the definition.
+        backend: "auto": Triton for halves on CUDA, else PyTorch's kernels; "reference".
 
     Returns:
         [B, N, H, D] or, packed, [T, H, D]; contiguous, dtype of `qkv`.
@@ -58,12 +55,7 @@ def masked_attention(
     rows = _check_modes(modes)
     check_tensor("qkv", qkv, qkv, FLOATING, (*rows, 3, None, None))
     _check_tensors(qkv, modes)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    obstacle = partial(op.triton_obstacle, *qkv.unbind(-3), scale)
-    check_backend("masked_attention", backend, triton=obstacle)
-    if backend == "reference":
-        return reference.masked_attention(qkv, *modes, scale)[0]
-    return op.masked_attention_fwd(qkv, *modes, scale, _is_recorded(qkv), backend)[0]
+    return _attend("masked_attention", (qkv,), modes, scale, backend)
 
 
 def attention(
@@ -91,16 +83,18 @@ def attention(
     check_tensor("k", k, v, (v.dtype,), v.shape)
     check_tensor("q", q, v, (v.dtype,), v.shape if square else (len(v), None, *v.shape[2:]))
     _check_tensors(v, modes)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_backend("attention", backend, triton=partial(op.triton_obstacle, q, k, v, scale))
+    return _attend("attention", (q, k, v), modes, scale, backend)
+
+
+def _attend(
+    name: str, inputs: tuple[Tensor, ...], modes: Modes, scale: float | None, backend: Backend
+) -> Tensor:
+    factor = inputs[0].shape[-1] ** -0.5 if scale is None else scale
+    check_backend(name, backend, triton=lambda: op.triton_obstacle(factor, *inputs))
     if backend == "reference":
-        return reference.attention(q, k, v, *modes, scale)[0]
-    return op.attention_fwd(q, k, v, *modes, scale, _is_recorded(q, k, v), backend)[0]
-
-
-def _is_recorded(*tensors: Tensor) -> bool:
-    """Whether a backward may come, which needs the forward's lse."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return getattr(reference, name)(*inputs, *modes, factor)[0]  # type: ignore[no-any-return]
+    save_lse = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return getattr(op, name)(*inputs, *modes, factor, save_lse, backend)[0]  # type: ignore[no-any-return]
 
 
 def _check_modes(modes: Modes) -> tuple[None, ...]:

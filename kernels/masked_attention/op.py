@@ -2,8 +2,9 @@
 
 Two op pairs: `masked_attention` on packed q, k, v and `attention` on separate ones. Their arguments
 are positional and complete; defaults and checks are the public functions'. The second output of a
-forward op, lse, is private to its pair and has the rows of the padded batch: [B, H, M], with `keep`
-[B, H, Nk], with `cu_seqlens` [S, H, max_seqlen]; without `save_lse`, which a backward needs, none.
+forward op, lse, is private to its pair, Triton's to base 2, and has the rows of the padded batch:
+[B, H, M], with `keep` [B, H, Nk], with `cu_seqlens` [S, H, max_seqlen]; without `save_lse`, which a
+backward needs, none.
 """
 
 from types import ModuleType
@@ -17,10 +18,10 @@ from maect_fast.kernels._common import gpu
 from maect_fast.kernels.masked_attention import padded
 
 __all__ = [
+    "attention",
     "attention_bwd",
-    "attention_fwd",
+    "masked_attention",
     "masked_attention_bwd",
-    "masked_attention_fwd",
     "triton_obstacle",
 ]
 
@@ -30,26 +31,26 @@ MAX_HEAD_DIM = 128
 MAX_OFFSET = 2**31
 
 
-def triton_obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """Why the Triton kernels cannot take these arguments, or None."""
-    D = q.shape[-1]
+def triton_obstacle(scale: float, *inputs: Tensor) -> str | None:
+    """Why the Triton kernels cannot take packed or separate q, k, v, or None."""
+    D = inputs[0].shape[-1]
     if D % 8 or not 8 <= D <= MAX_HEAD_DIM:
         return f"takes D a multiple of 8 up to {MAX_HEAD_DIM}, got {D}"
     if not scale > 0:
         return f"takes a scale above 0, got {scale}"
-    if q.is_cuda and q.dtype == torch.float32:
-        return "takes float16 and bfloat16, got float32 ('auto' takes PyTorch's products)"
-    if any(x.shape[-3] * abs(x.stride(-3)) >= MAX_OFFSET for x in (q, k, v)):
-        return f"takes samples that span fewer than {MAX_OFFSET} numbers"
-    return gpu.obstacle(q, k, v)
+    for x in inputs:
+        if x.is_cuda and x.dtype == torch.float32:
+            return "takes float16 and bfloat16, got float32 ('auto' takes PyTorch's products)"
+        if x.ndim > 3 and x.shape[1] * x.stride(1) >= MAX_OFFSET:
+            return f"takes samples that span fewer than {MAX_OFFSET} numbers"
+    return gpu.obstacle(*inputs)
 
 
-def _implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> ModuleType:
+def _implementation(backend: str, scale: float, *inputs: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` run; "auto" takes Triton for halves on CUDA."""
     if backend == "auto":
-        is_half = q.dtype in (torch.float16, torch.bfloat16)
-        fits = q.is_cuda and is_half and triton_obstacle(q, k, v, scale) is None
-        backend = "triton" if fits else "padded"
+        is_cuda = all(x.is_cuda and x.itemsize == 2 for x in inputs)
+        backend = "triton" if is_cuda and triton_obstacle(scale, *inputs) is None else "padded"
     if backend == "padded":
         return padded
     from maect_fast.kernels.masked_attention import triton_kernel
@@ -58,7 +59,7 @@ def _implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float)
 
 
 @torch.library.custom_op("maect_fast::masked_attention_fwd", mutates_args=(), device_types=DEVICES)
-def masked_attention_fwd(
+def masked_attention(
     qkv: Tensor,
     keep: Tensor | None,
     seqlens: Tensor | None,
@@ -73,7 +74,7 @@ def masked_attention_fwd(
     q, k, v = qkv.unbind(-3)
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
     with gpu.current(q):
-        result: tuple[Tensor, Tensor] = _implementation(backend, q, k, v, scale).forward(
+        result: tuple[Tensor, Tensor] = _implementation(backend, scale, q, k, v).forward(
             q, k, v, modes, scale, bound_queries=True, save_lse=save_lse
         )
     return result
@@ -97,14 +98,14 @@ def masked_attention_bwd(
     q, k, v = qkv.unbind(-3)
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
     with gpu.current(q):
-        (dqkv,) = _implementation(backend, q, k, v, scale).backward(
+        (dqkv,) = _implementation(backend, scale, q, k, v).backward(
             do, q, k, v, o, lse, modes, scale, bound_queries=True, is_packed=True
         )
     return dqkv  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("maect_fast::attention_fwd", mutates_args=(), device_types=DEVICES)
-def attention_fwd(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,7 +121,7 @@ def attention_fwd(
     """Output and lse; `seqlens` bounds keys only."""
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
     with gpu.current(q):
-        result: tuple[Tensor, Tensor] = _implementation(backend, q, k, v, scale).forward(
+        result: tuple[Tensor, Tensor] = _implementation(backend, scale, q, k, v).forward(
             q, k, v, modes, scale, bound_queries=cu_seqlens is not None, save_lse=save_lse
         )
     return result
@@ -145,7 +146,7 @@ def attention_bwd(
     """The gradients of q, k and v, each contiguous."""
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
     with gpu.current(q):
-        dq, dk, dv = _implementation(backend, q, k, v, scale).backward(
+        dq, dk, dv = _implementation(backend, scale, q, k, v).backward(
             do,
             q,
             k,
@@ -183,7 +184,7 @@ def _empty_outputs(
     return q.new_empty(q.shape), lse
 
 
-@masked_attention_fwd.register_fake
+@masked_attention.register_fake
 def _masked_attention_fwd_fake(
     qkv: Tensor,
     keep: Tensor | None,
@@ -198,7 +199,7 @@ def _masked_attention_fwd_fake(
     return _empty_outputs(qkv.select(-3, 0), keep, cu_seqlens, max_seqlen, save_lse)
 
 
-@attention_fwd.register_fake
+@attention.register_fake
 def _attention_fwd_fake(
     q: Tensor,
     k: Tensor,
@@ -248,8 +249,8 @@ def _attention_backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None,
     return *gradients, *(None,) * 8
 
 
-masked_attention_fwd.register_autograd(_masked_attention_backward, setup_context=_save)
-attention_fwd.register_autograd(_attention_backward, setup_context=_save)
+masked_attention.register_autograd(_masked_attention_backward, setup_context=_save)
+attention.register_autograd(_attention_backward, setup_context=_save)
 
 
 def _num_products(q: Any, k: Any, keep: Any, cu_seqlens: Any, max_seqlen: Any) -> int:

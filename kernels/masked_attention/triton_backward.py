@@ -13,6 +13,7 @@ from maect_fast.kernels.masked_attention.triton_rows import (
     dot,
     dot_t,
     find_sample,
+    finite_max,
     head_of,
     key_rows,
     load_lse,
@@ -221,18 +222,18 @@ def bwd_block_kernel(
     q = load_rows(q_ptr, rows_m, stride_qm * ALIGN, mask, D, False)
     k = load_rows(k_ptr, rows_n, stride_kn * ALIGN, takes_part, D, False)
     s = tl.where(takes_part[None, :], dot_t(q, k), float("-inf"))
-    largest = tl.max(s, axis=1)
-    has_keys = largest != float("-inf")
-    p = tl.exp2((s - tl.where(has_keys, largest, 0.0)[:, None]) * (scale * LOG2E))
-    # Queries outside count for nothing: their weights are zeros.
-    p = p * tl.where(mask & has_keys, 1.0 / tl.sum(p, axis=1), 0.0)[:, None]
+    p = tl.exp2((s - finite_max(s)[:, None]) * (scale * LOG2E))
+    row_sum = tl.sum(p, axis=1)
+    # Queries outside count for nothing, nor do those without keys: their weights are zeros.
+    counts = mask & (row_sum != 0)
+    p = p * tl.where(counts, 1.0 / row_sum, 0.0)[:, None]
     do = load_rows(do_ptr, rows_m, stride_dom * ALIGN, mask, D, False)
     v = load_rows(v_ptr, rows_n, stride_vn * ALIGN, takes_part, D, False)
     dp = dot_t(do, v)
     ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(q_ptr.dtype.element_ty)
     dq = dot(ds, k, zeros(BLOCK, D))
     inside = offs < (num_queries if IS_PACKED else M)
-    store_counted(dq_ptr, rows_m, stride_d, inside, mask & has_keys, dq, scale, D)
+    store_counted(dq_ptr, rows_m, stride_d, inside, counts, dq, scale, D)
     inside = offs < (num_keys if IS_PACKED else N)
     dv = dot(tl.trans(p.to(q_ptr.dtype.element_ty)), do, zeros(BLOCK, D))
     store_counted(dv_ptr, rows_n, stride_d, inside, takes_part, dv, 1.0, D)

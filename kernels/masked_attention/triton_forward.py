@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from maect_fast.kernels.masked_attention.triton_rows import (
-    LN2,
     LOG2E,
     dot,
     dot_t,
@@ -47,7 +46,7 @@ def _finish(
 ):
     """Store O = acc / row_sum and lse; zeros and -inf for rows outside and for those without keys.
 
-    `row_max` is to base 2.
+    As `row_max`, lse is to base 2: the backward's exponents would only round it twice more.
     """
     is_row = mask & (row_sum != 0)
     inverse = 1.0 / tl.where(is_row, row_sum, 1.0)
@@ -59,7 +58,7 @@ def _finish(
     # Behind its length a sample still owns rows; behind its end a packed segment does not.
     store_rows(o_ptr, rows, H * D, inside if HAS_LENGTHS else mask, o, D)
     if SAVE_LSE:
-        lse = tl.where(is_row, row_max * LN2 + tl.log(row_sum), float("-inf"))
+        lse = tl.where(is_row, row_max + tl.log2(row_sum), float("-inf"))
         tl.store(lse_ptr + offs_m, lse, mask=inside)
 
 

@@ -19,10 +19,7 @@ from maect_fast.kernels.masked_attention.triton_forward import (
     fwd_streaming_kernel,
 )
 from maect_fast.kernels.masked_attention.triton_rows import key_blocks, padded, zero_tail_kernel
-from maect_fast.kernels.masked_attention.triton_slabs import (
-    bwd_resident_kernel,
-    bwd_slabs_kernel,
-)
+from maect_fast.kernels.masked_attention.triton_slabs import bwd_slabs_kernel
 
 __all__ = ["backward", "forward", "machine_code"]
 
@@ -33,11 +30,13 @@ ALIGN = 8
 ALL = (80, 90)
 # Queries that a row for one query takes: a block's.
 FEW_QUERIES = 16
+# Up to so many features a slab of keys may be masked.
+MASKED_SLAB_DIM = 64
 
 
 def _num_keys(N: int) -> int:
     """N in whole blocks of 16, at least one."""
-    return max(1, triton.cdiv(N, 16)) * 16
+    return max(16, (N + 15) // 16 * 16)
 
 
 def _row(
@@ -51,10 +50,13 @@ def _row(
     registers: int,
     fit: int,
     hmma: int = 0,
+    maxnreg: int | None = None,
+    repeats: float = 1.0,
 ) -> LaunchRow:
     """A launch for M queries, up to N keys, rounded up to 16, and up to D features.
 
-    Each trip is a loop's: its block of queries and of keys, and how many products it makes.
+    Each trip is a loop's: its block of queries and of keys, and how many products it makes. Warps
+    beyond a narrow block repeat the others' work: so many times in all.
     """
     M, N, D = size
     products: tuple[tuple[float, float, float], ...] = ()
@@ -69,13 +71,14 @@ def _row(
         archs=archs,
         num_warps=warps,
         num_stages=stages,
+        maxnreg=maxnreg,
         blocks=blocks,
         sizes={"B": 512, "H": 16, "M": M, "N": N, "D": D},
         limits=Limits(
             registers=registers,
             blocks_per_sm=fit,
             products=products,
-            max_waste=padded_work / sum(m * n * d for m, n, d in products),
+            max_waste=repeats * padded_work / sum(m * n * d for m, n, d in products),
             hmma=hmma,
             opcodes={"MUFU.EX2": sum(m * n for m, n, _ in trips) // (32 * warps)},
         ),
@@ -120,16 +123,9 @@ def _block(
     return _row((N, N, D), trips, {"BLOCK": block}, archs=archs, warps=warps, stages=1, **limits)
 
 
-def _registers(N: int, D: int, block: int, *, archs: tuple[int, ...], **limits: int) -> LaunchRow:
-    """Backward with dK and dV of all keys in registers."""
-    trips = [(block, sum(key_blocks(_num_keys(N))), 5)]
-    blocks = {"BLOCK_M": block, "LICM": False}
-    return _row((N, N, D), trips, blocks, archs=archs, warps=8, stages=1, **limits)
-
-
 def _slabs(N: int, D: int, *, archs: tuple[int, ...], **limits: int) -> LaunchRow:
     """Backward with dK and dV of 128 keys in registers."""
-    blocks = {"BLOCK_M": 64, "SLAB": 128, "LICM": False}
+    blocks = {"BLOCK_M": 64, "SLAB": 128}
     return _row((N, N, D), [(64, 128, 5)], blocks, archs=archs, warps=8, stages=1, **limits)
 
 
@@ -142,7 +138,7 @@ def _two_phase(
     M: int = 0,
     archs: tuple[int, ...] = ALL,
     stages: int = 1,
-    **limits: int,
+    **limits: Any,
 ) -> LaunchRow:
     """Backward for any N: (queries, keys) of the programs for keys, and of those for queries."""
     names = ("KEYS_M", "KEYS_N", "QUERIES_M", "QUERIES_N")
@@ -151,47 +147,52 @@ def _two_phase(
     return _row((M or N, N, D), trips, blocks, archs=archs, warps=4, stages=stages, **limits)
 
 
-# The first row that covers the sizes is taken. Those with a block of keys to stream take any N.
+# The first row that covers the sizes is taken. Those that stream blocks of keys take any N.
 FORWARD = (
-    _streaming(257, 128, (16, 64), M=1, warps=2, registers=255, fit=4),
-    _resident(50, 64, registers=138, fit=3),
-    _resident(50, 80, registers=128, fit=4),
-    _resident(65, 64, registers=255, fit=1),
-    _resident(65, 80, registers=255, fit=1),
-    _resident(197, 32, registers=255, fit=1),
-    _resident(197, 64, registers=255, fit=1),
-    _resident(197, 80, registers=255, fit=1),
-    _resident(257, 32, archs=(90,), registers=255, fit=1),
-    _resident(257, 64, archs=(90,), registers=255, fit=1),
-    _resident(257, 80, archs=(90,), registers=255, fit=1),
-    _streaming(257, 32, (64, 64), registers=255, fit=1),
-    _streaming(257, 80, (64, 64), registers=255, fit=1),
-    _streaming(257, 128, (64, 64), registers=255, fit=1),
+    _streaming(257, 128, (16, 64), M=1, warps=2, registers=255, fit=4, hmma=64),
+    _resident(50, 64, registers=142, fit=3),
+    _resident(50, 80, registers=140, fit=3),
+    _resident(65, 64, registers=128, fit=4),
+    _resident(65, 80, stages=2, registers=168, fit=3),
+    _resident(197, 32, registers=255, fit=2),
+    _resident(197, 64, registers=255, fit=2),
+    _resident(197, 80, registers=255, fit=2),
+    _resident(257, 32, archs=(90,), registers=255, fit=2),
+    _resident(257, 64, archs=(90,), registers=255, fit=2),
+    _resident(257, 80, archs=(90,), registers=255, fit=2),
+    _streaming(257, 32, (64, 64), registers=128, fit=4),
+    _streaming(257, 80, (64, 64), registers=192, fit=2),
+    _streaming(257, 128, (64, 32), registers=230, fit=2),
 )
 BACKWARD = (
-    _two_phase(257, 128, (16, 64), (16, 64), M=1, registers=255, fit=1),
-    _block(50, 32, 64, warps=4, registers=255, fit=1),
-    _block(50, 64, 64, warps=4, registers=255, fit=1),
-    _block(50, 80, 64, warps=4, registers=255, fit=1),
-    _block(50, 128, 64, warps=4, registers=255, fit=1),
+    _block(50, 32, 64, warps=4, registers=116, fit=4),
+    _block(50, 64, 64, warps=4, registers=148, fit=3),
+    _block(50, 80, 64, warps=4, registers=192, fit=2),
+    _block(50, 128, 64, warps=4, registers=235, fit=2),
+    _two_phase(
+        257,
+        128,
+        (16, 32),
+        (16, 32),
+        M=1,
+        registers=192,
+        fit=2,
+        hmma=72,
+        # Left alone, ptxas spills 8 bytes to fit a third block.
+        maxnreg=192,
+        repeats=9 / 7,
+    ),
     _block(65, 64, 128, warps=8, registers=255, fit=1),
-    _block(65, 80, 128, archs=(90,), warps=8, registers=255, fit=1),
+    _block(65, 80, 128, archs=(90,), warps=8, registers=192, fit=1),
     _block(65, 128, 128, archs=(90,), warps=8, registers=255, fit=1),
-    _registers(197, 32, 32, archs=(80,), registers=255, fit=1),
-    _registers(257, 32, 32, archs=(80,), registers=255, fit=1),
-    _registers(197, 64, 32, archs=(80,), registers=255, fit=1),
-    _registers(197, 32, 64, archs=(90,), registers=255, fit=1, hmma=16),
-    _registers(257, 32, 64, archs=(90,), registers=255, fit=1, hmma=16),
-    _slabs(197, 64, archs=(90,), registers=255, fit=1),
-    _slabs(197, 80, archs=(90,), registers=255, fit=1),
+    _slabs(257, 32, archs=(90,), registers=230, fit=1),
     _slabs(257, 64, archs=(90,), registers=255, fit=1),
     _slabs(257, 80, archs=(90,), registers=255, fit=1),
-    _two_phase(257, 32, (32, 64), (64, 64), registers=255, fit=1),
-    _two_phase(257, 64, (32, 64), (64, 32), archs=(80,), registers=255, fit=1),
-    _two_phase(257, 80, (32, 64), (64, 32), archs=(80,), registers=255, fit=1),
-    _two_phase(257, 64, (32, 64), (64, 64), archs=(90,), stages=2, registers=255, fit=1),
-    _two_phase(257, 80, (32, 64), (64, 64), archs=(90,), registers=255, fit=1),
-    _two_phase(257, 128, (32, 64), (64, 32), registers=255, fit=1),
+    _two_phase(257, 32, (32, 64), (64, 64), registers=182, fit=2),
+    _two_phase(257, 80, (32, 64), (64, 32), archs=(80,), registers=255, fit=2),
+    _two_phase(257, 80, (32, 64), (64, 64), archs=(90,), registers=196, fit=2),
+    _two_phase(257, 128, (32, 32), (64, 32), archs=(80,), registers=230, fit=2),
+    _two_phase(257, 128, (32, 64), (64, 32), archs=(90,), registers=255, fit=2),
 )
 # Zeroes packed rows behind the last segment: so many programs share them.
 ZERO = LaunchRow(
@@ -205,13 +206,13 @@ ZERO = LaunchRow(
 
 
 def launch_config(
-    table: tuple[LaunchRow, ...], q: Tensor, M: int, N: int, switches: dict[str, bool]
+    table: tuple[LaunchRow, ...], q: Tensor, M: int, N: int, *, has_mask: bool
 ) -> LaunchRow:
     """The first row of a table that covers these sizes and modes."""
     arch = table_arch(q.device)
     # No row of sm_80 takes more shared memory than any device has.
     rows = fitting(table, 80 if arch == 86 else arch)
-    return next(row for row in rows if _covers(row, M, N, q.shape[-1], switches["HAS_MASK"]))
+    return next(row for row in rows if _covers(row, M, N, q.shape[-1], has_mask))
 
 
 def _covers(row: LaunchRow, M: int, N: int, D: int, has_mask: bool) -> bool:
@@ -220,8 +221,8 @@ def _covers(row: LaunchRow, M: int, N: int, D: int, has_mask: bool) -> bool:
         return False
     if "BLOCK" in blocks:
         return max(M, N) <= blocks["BLOCK"]
-    # A mask's pointer is one register too many.
-    if "SLAB" in blocks and has_mask:
+    # Predicates of a mask are too many beside these accumulators.
+    if "SLAB" in blocks and has_mask and sizes["D"] > MASKED_SLAB_DIM:
         return False
     streams = "BLOCK_N" in blocks or "KEYS_N" in blocks
     return streams or _num_keys(sizes["N"]) >= N
@@ -252,7 +253,7 @@ def _modes(
         q if keep is None else keep.contiguous(),
         q if key_mask is None else key_mask.view(torch.uint8),
     )
-    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
+    stride_mb, stride_mn = (0, 0) if key_mask is None else key_mask.stride()
     switches = {
         "IS_PACKED": cu_seqlens is not None,
         "HAS_LENGTHS": seqlens is not None,
@@ -260,7 +261,7 @@ def _modes(
         "HAS_KEEP": keep is not None,
         "HAS_MASK": key_mask is not None,
     }
-    return sizes, pointers, mask_strides, switches
+    return sizes, pointers, (stride_mb, stride_mn), switches
 
 
 def _empty_rows(x: Tensor, shape: tuple[int, ...], modes: Modes) -> Tensor:
@@ -294,7 +295,7 @@ def forward(
     lse = q.new_empty((B, H, M) if save_lse else (0,), dtype=torch.float32)
     if B * M * H == 0:
         return o, lse
-    row = row or launch_config(FORWARD, q, M, N, switches)
+    row = row or launch_config(FORWARD, q, M, N, has_mask=switches["HAS_MASK"])
     align, strides = _strides(q, k, v)
     stride_ob = 0 if o.ndim == 3 else o.stride(0)
     arguments = (q, k, v, o, lse, *pointers, scale, M, N, *strides, stride_ob, *mask_strides)
@@ -324,6 +325,7 @@ def backward(
     """The gradient of packed q, k, v, [.., 3, H, D]; or those of the three. Contiguous."""
     (B, M, N), pointers, mask_strides, switches = _modes(q, k, modes, bound_queries)
     *_, H, D = q.shape
+    gradients: tuple[Tensor, ...]
     if is_packed:
         gradients = (_empty_rows(q, (*q.shape[:-2], 3, H, D), modes),)
         dq, dk, dv = gradients[0].unbind(-3)
@@ -334,17 +336,14 @@ def backward(
         return tuple(x.zero_() for x in gradients)
     if do.stride(-1) != 1:
         do = do.contiguous()
-    row = row or launch_config(BACKWARD, q, M, N, switches)
+    row = row or launch_config(BACKWARD, q, M, N, has_mask=switches["HAS_MASK"])
     align, strides = _strides(do, q, k, v)
     batch_strides = [0 if x.ndim == 3 else x.stride(0) for x in (o, dq, dk)]
     arguments = (do, q, k, v, o, lse, dq, dk, dv, *pointers, scale, M, N)
     arguments += (*strides, *batch_strides, dq.stride(-3), *mask_strides)
     options = {"H": H, "D": D, "ALIGN": align, **switches, **row.options}
     num_heads = B * H
-    if "KEYS_N" in row.blocks:
-        num_blocks = triton.cdiv(N, row.blocks["KEYS_N"]) + triton.cdiv(M, row.blocks["QUERIES_M"])
-        bwd_two_phase_kernel[(num_heads * num_blocks,)](*arguments, **options)
-    elif "BLOCK" in row.blocks:
+    if "BLOCK" in row.blocks:
         bwd_block_kernel[(num_heads,)](*arguments, **options)
     elif "SLAB" in row.blocks:
         programs = min(num_heads, num_multiprocessors(q.device) * row.limits.blocks_per_sm)
@@ -354,7 +353,8 @@ def backward(
         delta = lse.new_empty(programs, rows)
         bwd_slabs_kernel[(programs,)](*arguments, part, delta, num_heads, **options)
     else:
-        bwd_resident_kernel[(num_heads,)](*arguments, NUM_KEYS=_num_keys(N), **options)
+        num_blocks = triton.cdiv(N, row.blocks["KEYS_N"]) + triton.cdiv(M, row.blocks["QUERIES_M"])
+        bwd_two_phase_kernel[(num_heads * num_blocks,)](*arguments, **options)
     return gradients
 
 
@@ -365,14 +365,9 @@ def machine_code(arch: int) -> Iterator[Launch]:
         for variant, modes in _variants(row):
             call = partial(_forward_at, row, **modes)
             yield Launch(kernel=kernel, row=row, call=call, variant=variant)
-    kernels = {
-        "KEYS_N": bwd_two_phase_kernel,
-        "BLOCK": bwd_block_kernel,
-        "SLAB": bwd_slabs_kernel,
-    }
     for row in fitting(BACKWARD, arch):
-        names = [name for name in kernels if name in row.blocks]
-        kernel = kernels[names[0]] if names else bwd_resident_kernel
+        kernel = bwd_block_kernel if "BLOCK" in row.blocks else bwd_two_phase_kernel
+        kernel = bwd_slabs_kernel if "SLAB" in row.blocks else kernel
         for variant, modes in _variants(row):
             call = partial(_backward_at, row, **modes)
             yield Launch(kernel=kernel, row=row, call=call, variant=variant)
@@ -381,8 +376,10 @@ def machine_code(arch: int) -> Iterator[Launch]:
 
 
 def _variants(row: LaunchRow) -> Iterator[tuple[str, dict[str, bool]]]:
+    """Modes that a row is compiled for, by name."""
+    has_mask = "SLAB" not in row.blocks or row.sizes["D"] <= MASKED_SLAB_DIM
     yield "dense", {}
-    yield "masked", {"seqlens": True, "key_mask": "SLAB" not in row.blocks}
+    yield "masked", {"seqlens": True, "key_mask": has_mask}
 
 
 def _inputs_at(

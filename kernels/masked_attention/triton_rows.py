@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "LN2",
     "LOG2E",
     "dot",
     "dot_t",
     "feature_blocks",
     "find_sample",
+    "finite_max",
     "get",
     "head_of",
     "key_blocks",
@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.constexpr_function
@@ -189,6 +188,13 @@ def dot(p, x, acc):
 
 
 @triton.jit
+def finite_max(s):
+    """Maxima of rows of scores; 0 for rows without keys, whose scores are all -inf."""
+    largest = tl.max(s, axis=1)
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
 def row_sums(x, y):
     """``sum_d x[., d] * y[., d]`` of blocks, fp32."""
     total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), axis=1)
@@ -199,9 +205,9 @@ def row_sums(x, y):
 
 @triton.jit
 def load_lse(lse_ptr, offs_m, mask):
-    """Load lse, to base 2; +inf, so that P = 0, for rows outside and for those without keys."""
+    """Load lse; +inf, so that P = 0, for rows outside and for those without keys."""
     lse = tl.load(lse_ptr + offs_m, mask=mask, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit

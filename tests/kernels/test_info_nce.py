@@ -1069,7 +1069,7 @@ def check_symmetric(
     device: torch.device,
 ) -> None:
     """Loss and all gradients against the libraries' definitions."""
-    definition = nt_xent if same_view else clip
+    definition: Any = nt_xent if same_view else clip
 
     def all_of(function: Any, dtype: torch.dtype) -> list[Tensor]:
         views = both_views(n, D, device=device)
@@ -1093,14 +1093,12 @@ def check_symmetric(
         ("first", "second"), found[1:], eager[1:], ref64[1:], strict=False
     ):
         assert_within_budget(one, other, truth, name=name)
-    # A sum over all pairs, which may cancel: its terms' magnitudes say how well it can be known. The
+    # A sum over all pairs, which may cancel: its terms' sizes say how well it can be known. The
     # roundings of logits, which in half precision are of the products, mostly cancel.
-    views = (x.to(dtype).double() for x in both_views(n, D, device=device))
+    first, second = (x.to(dtype).double() for x in both_views(n, D, device=device))
     rows = 2 * n if same_view else n
-    pairs = torch.full(
-        (rows, rows), temperature, dtype=torch.float64, device=device
-    ).requires_grad_()
-    (terms,) = torch.autograd.grad(definition(*views, pairs), pairs)
+    pairs = torch.full((rows, rows), temperature, dtype=torch.float64, device=device)
+    (terms,) = torch.autograd.grad(definition(first, second, pairs.requires_grad_()), pairs)
     share = 1 if dtype == torch.float32 else 1 / 8
     band = share * torch.finfo(dtype).eps * terms.abs().sum()
     assert abs(found[3] - ref64[3]) <= band

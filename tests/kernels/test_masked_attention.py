@@ -1,3 +1,4 @@
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +9,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maect_fast.kernels import attention, masked_attention
-from maect_fast.kernels.masked_attention import op, reference
+from maect_fast.kernels.masked_attention import op, padded, reference
 from maect_fast.testing import assert_within_budget, random_qkv
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 NAN, INF = float("nan"), float("inf")
-BACKENDS = ["auto", "reference"]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+TRITON = pytest.param("triton", marks=needs_triton)
+KERNELS = ["auto", TRITON]
+BACKENDS = [*KERNELS, "reference"]
 MODES = ["dense", "seqlens", "keep", "key_mask", "seqlens+key_mask", "keep+key_mask", "cu_seqlens"]
 NAMES = ["keep", "seqlens", "cu_seqlens", "max_seqlen", "key_mask"]
 SCALE = 0.3
@@ -74,9 +80,12 @@ def run(
 
 
 def assert_matches_reference(
-    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], **arguments: Any
+    function: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    backend: str = "auto",
+    **arguments: Any,
 ) -> None:
-    results = run(function, inputs, **arguments)
+    results = run(function, inputs, backend=backend, **arguments)
     eager = run(function, inputs, backend="reference", **arguments)
     ref64 = run(function, tuple(x.double() for x in inputs), backend="reference", **arguments)
     names = ["o", *(f"gradient {i}" for i in range(len(inputs)))]
@@ -97,13 +106,30 @@ def outside(mode: str, arguments: dict[str, Any], rows: tuple[int, ...]) -> Tens
     return result
 
 
-@pytest.fixture(params=["sdpa", "math", "reference"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The backend of the CPU's kernels, of those of other devices (forced), of the definition."""
+def skip_unless_interpreted(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    if backend != "triton":
+        return
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bf16 arithmetic")
+    if device.type == "cuda" and dtype == torch.float32:
+        pytest.skip("on CUDA the Triton kernels take halves")
+
+
+def use_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "auto" run on the CPU what it runs elsewhere without Triton."""
+    monkeypatch.setattr(padded, "_sdpa_forward", padded._math_forward)
+    monkeypatch.setattr(padded, "_sdpa_backward", padded._math_backward)
+
+
+@pytest.fixture(params=["sdpa", "math", "reference", TRITON])
+def implementation(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> str:
+    """The backend of the CPU's kernels, of plain products (forced), the definition, Triton."""
+    skip_unless_interpreted(request.param, torch.float32, device)
     if request.param == "math":
-        monkeypatch.setattr(op, "_sdpa_forward", op._math_forward)
-        monkeypatch.setattr(op, "_sdpa_backward", op._math_backward)
-    return "reference" if request.param == "reference" else "auto"
+        use_products(monkeypatch)
+    return request.param if request.param in ("reference", "triton") else "auto"
 
 
 # Numbers
@@ -112,18 +138,23 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1.0, None])
 def test_hand_made_numbers(backend: str, scale: float | None, device: torch.device) -> None:
-    log3 = math.log(3) * (1 if scale == 1.0 else math.sqrt(2))
+    log3 = math.log(3) * (1 if scale == 1.0 else math.sqrt(8))
     q = [[1.0, 0.0], [0.0, 1.0]]
     k = [[log3, 0.0], [0.0, 0.0]]
     v = [[4.0, 0.0], [0.0, 8.0]]
     qkv = torch.tensor([q, k, v], device=device).transpose(0, 1)[None, :, :, None]
+    qkv = nn.functional.pad(qkv, (0, 6))
+    skip_unless_interpreted(backend, torch.float32, device)
     # Row 0 has weights 3/4 and 1/4, row 1 equal ones.
     expected = torch.tensor([[3.0, 2.0], [2.0, 4.0]], device=device)[None, :, None]
     result = masked_attention(qkv, scale=scale, backend=backend)  # type: ignore[arg-type]
-    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(result[..., :2], expected)
+    assert not result[..., 2:].any()
     mask = torch.tensor([[False, True]], device=device)
     result = masked_attention(qkv, scale=scale, key_mask=mask, backend=backend)  # type: ignore[arg-type]
-    torch.testing.assert_close(result, torch.tensor([0.0, 8.0], device=device).expand(1, 2, 1, 2))
+    torch.testing.assert_close(
+        result[..., :2], torch.tensor([0.0, 8.0], device=device).expand(1, 2, 1, 2)
+    )
 
 
 def test_lse_by_hand() -> None:
@@ -132,25 +163,32 @@ def test_lse_by_hand() -> None:
     seqlens = torch.tensor([3, 2])
     key_mask = torch.tensor([[True, True, True], [False, False, True]])
     expected = torch.tensor([[[2 + math.log(3)] * 3], [[-INF] * 3]])
-    for forward in (reference.masked_attention, op.masked_attention_fwd):
-        lse = forward(qkv, None, seqlens, None, None, key_mask, 0.25)[1]
-        torch.testing.assert_close(lse, expected)
+    modes = (None, seqlens, None, None, key_mask, 0.25)
+    torch.testing.assert_close(reference.masked_attention(qkv, *modes)[1], expected)
+    torch.testing.assert_close(op.masked_attention(qkv, *modes, True, "auto")[1], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("N", [1, 50, 65, 197, 257])
 @pytest.mark.parametrize("mode", MODES)
-def test_matches_reference(mode: str, N: int, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_matches_reference(
+    backend: str, mode: str, N: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    skip_unless_interpreted(backend, dtype, device)
     qkv = make_qkv(mode, 3, N, dtype=dtype, device=device)
-    assert_matches_reference(masked_attention, (qkv,), scale=SCALE, **make_mode(mode, 3, N, device))
+    arguments = make_mode(mode, 3, N, device) | {"scale": SCALE}
+    assert_matches_reference(masked_attention, (qkv,), backend, **arguments)
 
 
-@pytest.mark.parametrize("dim", [8, 64, 80])
-def test_head_dims_with_the_default_scale(dim: int, device: torch.device) -> None:
+@pytest.mark.parametrize("dim", [8, 16, 24, 32, 40, 64, 72, 80, 88, 96, 112, 128])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_head_dims_with_the_default_scale(backend: Any, dim: int, device: torch.device) -> None:
+    skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv("dense", 2, 17, dim=dim, heads=3, device=device)
-    assert_matches_reference(masked_attention, (qkv,))
-    expected = masked_attention(qkv, scale=dim**-0.5)
-    assert torch.equal(masked_attention(qkv), expected)
+    assert_matches_reference(masked_attention, (qkv,), backend)
+    expected = masked_attention(qkv, scale=dim**-0.5, backend=backend)
+    assert torch.equal(masked_attention(qkv, backend=backend), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -159,28 +197,26 @@ def test_head_dims_with_the_default_scale(dim: int, device: torch.device) -> Non
 def test_kernels_of_other_devices_match_reference(
     mode: str, N: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op, "_sdpa_forward", op._math_forward)
-    monkeypatch.setattr(op, "_sdpa_backward", op._math_backward)
+    use_products(monkeypatch)
     qkv = make_qkv(mode, 3, N, dtype=dtype)
     assert_matches_reference(masked_attention, (qkv,), scale=SCALE, **make_mode(mode, 3, N))
 
 
-def test_autocast_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv = make_qkv("dense", 2, 5)
-    for prefix in ("_sdpa", "_math"):
-        monkeypatch.setattr(op, "_sdpa_forward", getattr(op, f"{prefix}_forward"))
-        monkeypatch.setattr(op, "_sdpa_backward", getattr(op, f"{prefix}_backward"))
-        expected = run(masked_attention, (qkv,))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            result = run(masked_attention, (qkv,))
-        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+def test_autocast_changes_nothing(implementation: str, device: torch.device) -> None:
+    qkv = make_qkv("dense", 2, 5, device=device)
+    expected = run(masked_attention, (qkv,), backend=implementation)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=implementation != "reference"):
+        result = run(masked_attention, (qkv,), backend=implementation)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_separate_equals_packed(mode: str, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_separate_equals_packed(backend: str, mode: str, device: torch.device) -> None:
+    skip_unless_interpreted(backend, torch.float32, device)
     # Where lengths bound the queries the two differ, and so do rows beyond them.
     qkv = make_qkv(mode, 3, 9, device=device)
-    arguments = make_mode(mode, 3, 9, device) | {"scale": SCALE}
+    arguments = make_mode(mode, 3, 9, device) | {"scale": SCALE, "backend": backend}
     o, dqkv = run(masked_attention, (qkv,), **arguments)
     o3, *gradients = run(attention, qkv.unbind(-3), **arguments)
     if "seqlens" in mode.split("+"):
@@ -196,12 +232,15 @@ def test_separate_equals_packed(mode: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["dense", "seqlens", "key_mask", "seqlens+key_mask"])
 @pytest.mark.parametrize(("M", "N"), [(1, 65), (1, 2), (7, 50), (50, 7)])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_other_numbers_of_queries(
-    M: int, N: int, mode: str, dtype: torch.dtype, device: torch.device
+    backend: str, M: int, N: int, mode: str, dtype: torch.dtype, device: torch.device
 ) -> None:
+    skip_unless_interpreted(backend, dtype, device)
     q = random_qkv(3, M, heads=2, dim=16, dtype=dtype, device=device, seed=1)[:, :, 0]
     _, k, v = random_qkv(3, N, heads=2, dim=16, dtype=dtype, device=device).unbind(2)
-    assert_matches_reference(attention, (q, k, v), scale=SCALE, **make_mode(mode, 3, N, device))
+    arguments = make_mode(mode, 3, N, device) | {"scale": SCALE}
+    assert_matches_reference(attention, (q, k, v), backend, **arguments)
 
 
 @pytest.mark.parametrize("mode", ["dense", "key_mask"])
@@ -234,6 +273,8 @@ def test_dense_on_cpu_is_sdpa_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck(mode: str, implementation: str) -> None:
+    if implementation == "triton":
+        pytest.skip("the Triton kernels have no fp64")
     qkv = make_qkv(mode, 3, 3, heads=1, dim=2, dtype=torch.float64).requires_grad_()
     arguments = make_mode(mode, 3, 3) | {"scale": SCALE, "backend": implementation}
     assert torch.autograd.gradcheck(lambda x: masked_attention(x, **arguments), qkv)
@@ -276,9 +317,11 @@ def test_what_takes_no_part_goes_nowhere(
     assert not d[..., 1:, :, :][unused].any()
 
 
-def test_a_segment_does_not_see_its_neighbours(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_segment_does_not_see_its_neighbours(backend: str, device: torch.device) -> None:
+    skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv("cu_seqlens", 1, 9, device=device)
-    arguments: dict[str, Any] = {"max_seqlen": 5}
+    arguments: dict[str, Any] = {"max_seqlen": 5, "backend": backend}
     arguments["cu_seqlens"] = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
     dirty = qkv.clone()
     dirty[4:] = NAN
@@ -317,9 +360,10 @@ def test_fully_masked_rows(mode: str, implementation: str, device: torch.device)
     assert not o[1].any()
     assert not d[1].any()
     assert o[0].any()
-    by_definition = implementation == "reference"
-    forward = reference.masked_attention if by_definition else op.masked_attention_fwd
-    lse = forward(qkv, *positional(arguments))[1]
+    if implementation == "reference":
+        lse = reference.masked_attention(qkv, *modes_of(arguments))[1]
+    else:
+        lse = op.masked_attention(qkv, *forward_arguments(arguments, implementation))[1]
     assert (lse[1] == -INF).all()
     # The rectangle has them, too.
     if "keep" not in arguments:
@@ -327,16 +371,47 @@ def test_fully_masked_rows(mode: str, implementation: str, device: torch.device)
         assert not any(x[1].any() for x in (o, *gradients))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["dense", "seqlens", "key_mask", "seqlens+key_mask"])
-def test_lse(mode: str, device: torch.device) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        qkv = make_qkv(mode, 3, 65, device=device, dtype=dtype)
-        arguments = positional(make_mode(mode, 3, 65, device))
-        lse = op.masked_attention_fwd(qkv, *arguments)[1]
-        eager = reference.masked_attention(qkv, *arguments)[1]
-        exact = reference.masked_attention(qkv.double(), *arguments)[1]
-        assert lse.dtype == torch.float32
-        assert_within_budget(lse, eager, exact)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_lse(backend: str, mode: str, dtype: torch.dtype, device: torch.device) -> None:
+    skip_unless_interpreted(backend, dtype, device)
+    qkv = make_qkv(mode, 3, 65, device=device, dtype=dtype)
+    arguments = make_mode(mode, 3, 65, device)
+    lse = op.masked_attention(qkv, *forward_arguments(arguments, backend))[1]
+    if backend == "triton":  # to base 2
+        lse = (lse.double() * math.log(2)).float()
+    eager = reference.masked_attention(qkv, *modes_of(arguments))[1]
+    exact = reference.masked_attention(qkv.double(), *modes_of(arguments))[1]
+    assert lse.dtype == torch.float32
+    assert_within_budget(lse, eager, exact)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_lse_is_stored_for_a_backward_only(
+    backend: str, mode: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    skip_unless_interpreted(backend, torch.float32, device)
+    qkv = make_qkv(mode, 3, 9, device=device)
+    arguments = make_mode(mode, 3, 9, device)
+    found = op.masked_attention(qkv, *modes_of(arguments), False, backend)
+    assert found[1].numel() == 0
+    expected = op.masked_attention(qkv, *forward_arguments(arguments, backend))
+    assert torch.equal(found[0], expected[0])
+    saved: list[bool] = []
+    real = op.masked_attention
+
+    def forward(*arguments: Any) -> Any:
+        saved.append(arguments[-2])
+        return real(*arguments)
+
+    monkeypatch.setattr(op, "masked_attention", forward)
+    masked_attention(qkv, backend=backend, **arguments)  # type: ignore[arg-type]
+    masked_attention(qkv.requires_grad_(), backend=backend, **arguments)  # type: ignore[arg-type]
+    with torch.no_grad():
+        masked_attention(qkv, backend=backend, **arguments)  # type: ignore[arg-type]
+    assert saved == [False, True, False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -375,12 +450,14 @@ def test_no_queries_or_no_keys(M: int, N: int, backend: str) -> None:
     assert not any(g.any() for g in gradients)
 
 
-def test_a_zero_length_tail_changes_nothing() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_zero_length_tail_changes_nothing(backend: str) -> None:
     qkv = make_qkv("cu_seqlens", 2, 8)
     short = torch.tensor([0, 8, 12], dtype=torch.int32)
     long = torch.tensor([0, 8, 12, 12, 12], dtype=torch.int32)
-    expected = run(masked_attention, (qkv,), cu_seqlens=short, max_seqlen=8)
-    result = run(masked_attention, (qkv,), cu_seqlens=long, max_seqlen=8)
+    arguments: dict[str, Any] = {"max_seqlen": 8, "backend": backend}
+    expected = run(masked_attention, (qkv,), cu_seqlens=short, **arguments)
+    result = run(masked_attention, (qkv,), cu_seqlens=long, **arguments)
     assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
 
 
@@ -411,11 +488,16 @@ def test_strided_inputs(mode: str, layout: str, backend: str, device: torch.devi
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_gradient_is_one_contiguous_buffer(mode: str, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_gradient_is_one_contiguous_buffer(
+    backend: str, mode: str, device: torch.device
+) -> None:
+    skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv(mode, 3, 8, device=device).transpose(-3, -2).contiguous().transpose(-3, -2)
-    o, lse = op.masked_attention_fwd(qkv, *positional(make_mode(mode, 3, 8, device)))
-    arguments = positional(make_mode(mode, 3, 8, device))
-    dqkv = op.masked_attention_bwd(torch.ones_like(o), qkv, o, lse, *arguments)
+    arguments = make_mode(mode, 3, 8, device)
+    o, lse = op.masked_attention(qkv, *forward_arguments(arguments, backend))
+    do = torch.ones_like(o)
+    dqkv = op.masked_attention_bwd(do, qkv, o, lse, *backward_arguments(arguments, backend))
     assert not qkv.is_contiguous()
     assert dqkv.is_contiguous()
     assert dqkv.shape == qkv.shape
@@ -469,8 +551,8 @@ def test_max_seqlen_is_the_padded_length() -> None:
     qkv = make_qkv("cu_seqlens", 1, 8)
     cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
     for max_seqlen in (5, 9):
-        arguments = (qkv, None, None, cu_seqlens, max_seqlen, None, SCALE)
-        assert op.masked_attention_fwd(*arguments)[1].shape == (2, 2, max_seqlen)
+        modes = (None, None, cu_seqlens, max_seqlen, None, SCALE)
+        assert op.masked_attention(qkv, *modes, True, "auto")[1].shape == (2, 2, max_seqlen)
 
 
 def test_the_rectangle_drops_no_argument() -> None:
@@ -620,11 +702,11 @@ def test_some_modes_need_as_many_queries_as_keys(mode: str) -> None:
 
 def test_backends_that_cannot_run() -> None:
     qkv = make_qkv("dense", 2, 4)
-    for backend in ("triton", "cpp"):
-        with pytest.raises(RuntimeError, match=f"'{backend}' is not built.*'auto', 'reference'"):
-            masked_attention(qkv, backend=backend)
-        with pytest.raises(RuntimeError, match=f"'{backend}' is not built.*'auto', 'reference'"):
-            attention(*qkv.unbind(2), backend=backend)
+    expected = "'cpp' is not built here; use one of 'auto', 'triton', 'reference'"
+    with pytest.raises(RuntimeError, match=expected):
+        masked_attention(qkv, backend="cpp")
+    with pytest.raises(RuntimeError, match=expected):
+        attention(*qkv.unbind(2), backend="cpp")
     with pytest.raises(ValueError, match="got 'cuda'"):
         masked_attention(qkv, backend="cuda")  # type: ignore[arg-type]
 
@@ -656,26 +738,31 @@ def test_the_reference_checks_values(
 
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize("mode", MODES)
-def test_opcheck(mode: str, layout: str, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend: str, mode: str, layout: str, device: torch.device) -> None:
+    skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv(mode, 3, 5, device=device)
     if layout == "permuted":
         qkv = qkv.movedim(-3, 0).contiguous().movedim(0, -3)
     qkv.requires_grad_()
-    arguments = positional(make_mode(mode, 3, 5, device))
-    torch.library.opcheck(op.masked_attention_fwd, (qkv, *arguments))
+    arguments = forward_arguments(make_mode(mode, 3, 5, device), backend)
+    torch.library.opcheck(op.masked_attention, (qkv, *arguments))
     if layout == "permuted":
         separate = tuple(x.detach().requires_grad_() for x in qkv.unbind(-3))
-        torch.library.opcheck(op.attention_fwd, (*separate, *arguments))
+        torch.library.opcheck(op.attention, (*separate, *arguments))
 
 
 @pytest.mark.parametrize("mode", ["dense", "keep+key_mask", "cu_seqlens"])
-def test_opcheck_of_the_backward(mode: str, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck_of_the_backward(backend: str, mode: str, device: torch.device) -> None:
+    skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv(mode, 3, 5, device=device)
-    arguments = positional(make_mode(mode, 3, 5, device))
-    o, lse = op.masked_attention_fwd(qkv, *arguments)
+    modes = make_mode(mode, 3, 5, device)
+    arguments = backward_arguments(modes, backend)
+    o, lse = op.masked_attention(qkv, *forward_arguments(modes, backend))
     torch.library.opcheck(op.masked_attention_bwd, (torch.ones_like(o), qkv, o, lse, *arguments))
     separate = qkv.unbind(-3)
-    o, lse = op.attention_fwd(*separate, *arguments)
+    o, lse = op.attention(*separate, *forward_arguments(modes, backend))
     torch.library.opcheck(op.attention_bwd, (torch.ones_like(o), *separate, o, lse, *arguments))
 
 
@@ -727,16 +814,18 @@ def test_flop_counter() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_runs_are_bitwise_equal(mode: str, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_two_runs_are_bitwise_equal(backend: str, mode: str, device: torch.device) -> None:
+    skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv(mode, 3, 65, device=device)
-    arguments = make_mode(mode, 3, 65, device)
+    arguments = make_mode(mode, 3, 65, device) | {"backend": backend}
     first, second = (run(masked_attention, (qkv,), **arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_masks_get_no_gradient_and_lse_neither() -> None:
     qkv = make_qkv("dense", 2, 4).requires_grad_()
-    o, lse = op.masked_attention_fwd(qkv, *positional({}))
+    o, lse = op.masked_attention(qkv, *forward_arguments({}))
     assert o.requires_grad
     assert not lse.requires_grad
     assert not reference.masked_attention(qkv)[1].requires_grad
