@@ -19,9 +19,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 class FusedAttention(nn.Module):
     """Multi-head self-attention on `masked_attention`, with the layers of timm's `Attention`.
 
-    ``proj(gate * norm(softmax(scale * Q K^T) V))`` with Q, K, V = q_norm, k_norm and nothing of the
-    parts of qkv(x), gate = sigmoid(gate(x)) and scale = D ** -0.5. The layers are shared, not
+    ``proj(norm(softmax(scale * Q K^T) V) * sigmoid(gate(x)))`` with q, k, V = qkv(x), Q = q_norm(q),
+    K = k_norm(k) and scale = D ** -0.5; layers that are None are left out. They are shared, not
     copied: parameters stay the same objects, state-dict keys are `qkv.*`, `proj.*` and so on.
+    Gradients go to x and to the parameters.
 
     Args:
         qkv: maps C features to 3 * H * D, ordered (3, H, D).
@@ -30,7 +31,7 @@ class FusedAttention(nn.Module):
         q_norm: works on the D features of every query and head; None is nothing, as for the rest.
         k_norm: the same for keys.
         norm: works on the H * D features of every token before `proj`.
-        gate: maps C features to H * D, a factor of what enters `proj` once the sigmoid is taken.
+        gate: maps C features to H * D.
         proj_drop: what follows `proj`.
 
     Source: timm: layers/attention.py; ml-jku/MAE-CT: models/modules/flash_attention_wrapper.py.
@@ -232,6 +233,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return self.out_proj(o.flatten(-2)), None
 
 
+_FUSED = (FusedAttention, FusedMultiheadAttention)
+
+
 def fuse(model: ModelT) -> ModelT:
     """Let every attention inside `model` compute by `masked_attention`, in place.
 
@@ -290,9 +294,6 @@ def unfuse(model: ModelT) -> ModelT:
     for module in fused.values():
         module.__class__ = vars(module).pop("_unfused")
     return model
-
-
-_FUSED = (FusedAttention, FusedMultiheadAttention)
 
 
 def _attentions(model: nn.Module) -> dict[str, Any]:
