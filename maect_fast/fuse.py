@@ -19,10 +19,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 class FusedAttention(nn.Module):
     """Multi-head self-attention on `masked_attention`, with the layers of timm's `Attention`.
 
-    ``proj(norm(softmax(scale * Q K^T) V) * sigmoid(gate(x)))`` with q, k, V = qkv(x), Q = q_norm(q),
-    K = k_norm(k) and scale = D ** -0.5; layers that are None are left out. They are shared, not
-    copied: parameters stay the same objects, state-dict keys are `qkv.*`, `proj.*` and so on.
-    Gradients go to x and to the parameters.
+    ``proj(norm(softmax(scale * Q K^T) V) * sigmoid(gate(x)))`` with q, k, V = qkv(x),
+    Q = q_norm(q), K = k_norm(k) and scale = D ** -0.5; layers that are None are left out. They are
+    shared, not copied: parameters stay the same objects, state-dict keys are `qkv.*`, `proj.*` and
+    so on. Gradients go to x and to the parameters.
 
     Args:
         qkv: maps C features to 3 * H * D, ordered (3, H, D).
@@ -161,7 +161,7 @@ class FusedAttention(nn.Module):
         return None if isinstance(layer, nn.Identity) else layer
 
     def _normalised(self, name: str, x: Tensor) -> Tensor:
-        """Queries or keys after their norm, in their own dtype: autocast runs norms in fp32."""
+        """Queries or keys after their norm, in their own dtype: autocast may run norms in fp32."""
         layer = self._layer(name)
         if layer is None:
             return x

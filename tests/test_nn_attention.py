@@ -171,10 +171,18 @@ def test_every_layer_of_timm(layers: str, head_dim: int) -> None:
     torch.testing.assert_close(run(fuse(block), x), expected, rtol=1e-9, atol=1e-11)
 
 
-def test_norms_run_in_fp32_under_autocast_and_attention_does_not() -> None:
-    attention = scatter(Attention(C, num_heads=H, **LAYERS["all"]))
+class Float32Norm(nn.LayerNorm):
+    """As CUDA's autocast runs norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def test_norms_may_run_in_fp32_under_autocast() -> None:
+    layers = {**LAYERS["all"], "norm_layer": Float32Norm}
+    attention = scatter(Attention(C, num_heads=H, **layers))
     x = torch.randn(B, N, C)
-    exact = copy.deepcopy(attention).double()(x.double())
+    exact = attention(x).double()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         eager = attention(x)
         result = fuse(attention)(x)
@@ -494,6 +502,7 @@ def test_block_diagonal_mask_of_xformers(layers: str) -> None:
     samples = [torch.randn(1, length, C, dtype=torch.float64) for length in lengths]
     mask, tokens = attn_bias.BlockDiagonalMask.from_tensor_list(samples)
     for block in blocks.children():
+        assert block.get_submodule("attn")(tokens, attn_mask=mask).shape == tokens.shape
         tokens = block(tokens, attn_mask=mask)
     for sample, result in zip(samples, mask.split(tokens), strict=True):
         torch.testing.assert_close(result, nn.Sequential(*blocks.children())(sample))
