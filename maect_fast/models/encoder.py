@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from maect_fast.config import EncoderConfig
-from maect_fast.fuse import fuse
+from maect_fast.fuse import FusedAttention, fuse
 from maect_fast.kernels._common.philox import philox_uniform
 from maect_fast.profiling import profile_range
 
@@ -320,11 +320,13 @@ def init_weights(module: nn.Module) -> None:
 
 
 def _first_token(block: Any, tokens: Tensor) -> Tensor:
-    """Row 0 of `block(tokens)`, for a timm `Block` with fused attention: [B, N, D] to [B, 1, D].
+    """Row 0 of `block(tokens)`, for a timm `Block`: [B, N, D] to [B, 1, D].
 
     Source: timm: models/vision_transformer.py, Block.forward.
     """
-    attended = block.attn.first_token(block.norm1(tokens))
+    x, attn = block.norm1(tokens), block.attn
+    # Whoever took `fuse` back gets the same row from all of them.
+    attended = attn.first_token(x) if isinstance(attn, FusedAttention) else attn(x)[:, :1]
     x = tokens[:, :1] + block.drop_path1(block.ls1(attended))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
 

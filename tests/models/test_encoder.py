@@ -238,12 +238,13 @@ def test_attention_is_fused() -> None:
     assert all(type(block.attn) is Attention for block in encoder.blocks)
     # On the CPU it is the same kernel.
     assert torch.equal(encoder(images), tokens)
+    torch.testing.assert_close(encoder(images, class_token_only=True), tokens[:, :1])
 
 
 def class_token(encoder: Encoder, images: Tensor, *, alone: bool, **options: Any) -> list[Tensor]:
     """The class token after the final norm, [B, 1, D], and all gradients of a function of it."""
     tokens = encoder(images, class_token_only=alone, **options)
-    assert tokens.shape[1] == (1 if alone else tokens.shape[1])
+    assert (tokens.shape[1] == 1) == alone
     row = tokens[:, :1]
     weight = torch.randn(row.shape, generator=torch.Generator().manual_seed(1)).to(row)
     parameters = [p for p in encoder.parameters() if p.requires_grad]
