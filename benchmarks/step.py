@@ -107,8 +107,8 @@ class StepRow:
 def update_flops(model: "PretrainModel | ContrastiveModel", config: "Config") -> UpdateFlops:
     """Count by formula: a block is ``24 N d^2 + 4 N^2 d`` for N tokens of width d.
 
-    Masked passes count the patch embedding and the prediction of all patches, as the paper's
-    program computes them.
+    As the paper's program computes them, masked passes count the patch embedding and the prediction
+    of all patches, and the last block counts for all tokens where the class token alone is used.
     """
     encoder, decoder = model.encoder, model.decoder
     head = getattr(model, "head", None)

@@ -1,12 +1,13 @@
 """Module faces of the ops: they hold hyper-parameters and buffers and call the functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from maect_fast.fuse import FusedAttention, FusedMultiheadAttention, fuse, unfuse
 from maect_fast.kernels import (
     Pick,
     QueueState,
@@ -14,16 +15,21 @@ from maect_fast.kernels import (
     TopK,
     enqueue,
     info_nce,
-    masked_attention,
     queue_topk,
     with_shadow,
 )
 from maect_fast.kernels._common.collectives import all_gather_rows, group_rank
 from maect_fast.profiling import profile_range
 
-__all__ = ["FeatureQueue", "FusedAttention", "NNCLRLoss", "NNCLROutput", "fuse"]
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
+__all__ = [
+    "FeatureQueue",
+    "FusedAttention",
+    "FusedMultiheadAttention",
+    "NNCLRLoss",
+    "NNCLROutput",
+    "fuse",
+    "unfuse",
+]
 
 
 class FeatureQueue(nn.Module):
@@ -224,179 +230,3 @@ class NNCLRLoss(nn.Module):
                     label=None if label is None else all_gather_rows(label, self.group),
                 )
         return NNCLROutput(loss, accuracy)
-
-
-class FusedAttention(nn.Module):
-    """Multi-head self-attention on `masked_attention`, with the layers of timm's `Attention`.
-
-    ``proj(softmax(scale * Q K^T) V)`` with Q, K, V = qkv(x) and scale = D ** -0.5. The layers are
-    shared, not copied: parameters stay the same objects, state-dict keys are `qkv.*` and `proj.*`.
-
-    Args:
-        qkv: maps C features to 3 * H * D, ordered (3, H, D).
-        proj: maps H * D features to the output.
-        num_heads: H.
-        proj_drop: what follows `proj`; None is nothing.
-
-    Source: timm: layers/attention.py; ml-jku/MAE-CT: models/modules/flash_attention_wrapper.py.
-    """
-
-    def __init__(
-        self,
-        qkv: nn.Module,
-        proj: nn.Module,
-        *,
-        num_heads: int,
-        proj_drop: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = qkv
-        self.proj = proj
-        self.proj_drop = nn.Identity() if proj_drop is None else proj_drop
-
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Any = None,
-        is_causal: bool = False,
-        *,
-        keep: Tensor | None = None,
-        seqlens: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        key_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Tokens [B, N, C], with `cu_seqlens` [T, C], to the same rows of `proj`'s width.
-
-        Rows outside a sample come out as `proj` of zeros, that is its bias.
-
-        Args:
-            x: tokens.
-            attn_mask: what a timm block passes on: None; bool [B, 1, 1, N], True = the token takes
-                part as a key; or, for x [1, T, C], a BlockDiagonalMask of xformers.
-            is_causal: False; timm's blocks pass it on.
-            keep: see `masked_attention`, as for the rest.
-            seqlens: see there.
-            cu_seqlens: see there.
-            max_seqlen: see there.
-            key_mask: see there.
-
-        Raises:
-            ValueError: a causal or an [.., N, N] mask, or what `masked_attention` refuses.
-            TypeError: as `masked_attention`.
-        """
-        if is_causal:
-            raise ValueError("is_causal: expected False, got True: attention here is bidirectional")
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        block_diagonal = _is_block_diagonal(attn_mask)
-        if attn_mask is not None:
-            given = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-            if any(argument is not None for argument in given):
-                raise ValueError("attn_mask: expected None with another mode, got a mask")
-            if block_diagonal:
-                cu_seqlens, max_seqlen = _segments(attn_mask, x)
-                qkv = qkv.squeeze(0)
-            else:
-                key_mask = _key_mask(attn_mask, x)
-        o = masked_attention(
-            qkv,
-            keep=keep,
-            seqlens=seqlens,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            key_mask=key_mask,
-        )
-        out: Tensor = self.proj_drop(self.proj(o.flatten(-2)))
-        return out.unsqueeze(0) if block_diagonal else out
-
-
-def fuse(model: ModelT) -> ModelT:
-    """Replace every timm `Attention` inside `model` by `FusedAttention`, in place.
-
-    Parameters are shared and state-dict keys stay; numbers stay up to rounding. On the CPU both run
-    the kernel behind `F.scaled_dot_product_attention`; on CUDA `masked_attention` has no kernel of
-    its own yet, see its README. Nothing is replaced unless everything can be; a model that is fused
-    already is left alone.
-
-    Args:
-        model: any model with timm's ViT blocks.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: no attention found, or one that computes something else: q and k normalised or
-            rotated, dropout of attention weights, a position bias, a gate; the message names it.
-    """
-    from timm.layers.attention import Attention
-
-    attentions = {
-        name: module
-        for name, module in model.named_modules()
-        if "Attention" in type(module).__name__ and hasattr(module, "qkv")
-    }
-    if not attentions or model in attentions.values():
-        expected = "a model that contains timm.layers.Attention"
-        raise ValueError(f"model: expected {expected}, got {type(model).__qualname__}")
-    for name, module in attentions.items():
-        obstacle = None if isinstance(module, FusedAttention) else _obstacle(module, Attention)
-        if obstacle is not None:
-            raise ValueError(f"model: cannot replace {name}: {obstacle}")
-    fused = {
-        module: FusedAttention(
-            module.qkv, module.proj, num_heads=module.num_heads, proj_drop=module.proj_drop
-        ).train(module.training)
-        for module in attentions.values()
-        if isinstance(module, Attention)
-    }
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child in fused:
-                setattr(parent, name, fused[child])
-    return model
-
-
-def _obstacle(module: Any, attention: type[nn.Module]) -> str | None:
-    """Why FusedAttention cannot compute what `module` does; None if it can."""
-    kind = type(module)
-    if kind is not attention:
-        return f"expected timm.layers.Attention, got {kind.__module__}.{kind.__qualname__}"
-    if not isinstance(module.q_norm, nn.Identity) or not isinstance(module.k_norm, nn.Identity):
-        return "it normalises q and k (qk_norm)"
-    if not isinstance(module.norm, nn.Identity):
-        return "it normalises its output (scale_norm)"
-    if module.gate is not None:
-        return "its output has a gate"
-    if module.attn_drop.p > 0:
-        return f"it drops attention weights in training (attn_drop {module.attn_drop.p})"
-    if module.scale != module.head_dim**-0.5:
-        return f"its scale {module.scale} is not head_dim ** -0.5"
-    return None
-
-
-def _is_block_diagonal(mask: object) -> bool:
-    """Whether it is xformers' BlockDiagonalMask itself; subclasses mean more (causal, padded)."""
-    kind = type(mask)
-    return kind.__name__ == "BlockDiagonalMask" and kind.__module__.startswith("xformers.")
-
-
-def _segments(mask: Any, x: Tensor) -> tuple[Tensor, int]:
-    """Arguments `cu_seqlens` and `max_seqlen` of a BlockDiagonalMask for x [1, T, C]."""
-    bounds, shape = mask.q_seqinfo.seqstart_py, list(x.shape)
-    if mask.k_seqinfo.seqstart_py != bounds:
-        raise ValueError("attn_mask: expected equal blocks of queries and keys, got different ones")
-    if x.ndim != 3 or x.shape[0] != 1 or x.shape[1] != bounds[-1]:
-        raise ValueError(f"x: expected [1, {bounds[-1]}, C] with this attn_mask, got {shape}")
-    return mask.q_seqinfo.seqstart.to(x.device), mask.q_seqinfo.max_seqlen
-
-
-def _key_mask(mask: object, x: Tensor) -> Tensor:
-    """The [B, N] mask in a [B, 1, 1, N] one."""
-    if not isinstance(mask, Tensor):
-        kind = type(mask).__qualname__
-        raise ValueError(f"attn_mask: expected a tensor or a BlockDiagonalMask, got {kind}")
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
-        got = f"{mask.dtype} {list(mask.shape)}"
-        raise ValueError(f"attn_mask: expected bool [B, 1, 1, N], no N x N bias, got {got}")
-    return mask[:, 0, 0].expand(len(x), -1) if len(mask) == 1 else mask[:, 0, 0]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from maect_fast.checkpoint import write_atomically
-from maect_fast.models.encoder import pool
+from maect_fast.models.encoder import pooled_features
 
 __all__ = [
     "Features",
@@ -95,8 +95,8 @@ def extract_features(
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             for images, label in batches:
-                tokens = encoder(images.to(device, non_blocking=True))
-                rows.append(pool(tokens, pooling).float().cpu())
+                images = images.to(device, non_blocking=True)
+                rows.append(pooled_features(encoder, images, pooling).float().cpu())
                 labels.append(label)
     finally:
         encoder.train(training)

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from maect_fast.config import DecoderConfig
+from maect_fast.fuse import fuse
 from maect_fast.models.encoder import (
     NORM_EPS,
     Encoder,
@@ -50,12 +51,11 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_buffer("pos_embed", sincos_pos_embed(dim, encoder.grid_size))
-        self.blocks = nn.Sequential(
-            *(
-                Block(dim, config.num_heads, qkv_bias=True, norm_layer=norm)
-                for _ in range(config.depth)
-            )
+        blocks = (
+            Block(dim, config.num_heads, qkv_bias=True, norm_layer=norm)
+            for _ in range(config.depth)
         )
+        self.blocks = fuse(nn.Sequential(*blocks))
         self.norm = norm(dim)
         self.pred = nn.Linear(dim, encoder.in_chans * encoder.patch_size**2)
         init_weights(self)

@@ -7,7 +7,7 @@ ml-jku/MAE-CT: models/vit/vit_mae.py, models/vit/mask_generators; facebookresear
 models_mae.py.
 """
 
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import timm
 import torch
@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from maect_fast.config import EncoderConfig
+from maect_fast.fuse import FusedAttention, fuse
 from maect_fast.kernels._common.philox import philox_uniform
 from maect_fast.profiling import profile_range
 
@@ -30,6 +31,7 @@ __all__ = [
     "masking_noise",
     "paste_patches",
     "pool",
+    "pooled_features",
     "random_masking",
     "sincos_pos_embed",
 ]
@@ -40,7 +42,7 @@ MASKING_STREAM = 1 << 32
 
 
 class Encoder(nn.Module):
-    """A plain pre-norm ViT with a class token and fixed sin-cos positions.
+    """A plain pre-norm ViT with a class token and fixed sin-cos positions; its attention is fused.
 
     State-dict names equal those of ml-jku/MAE-CT's files: `cls_token` [1, 1, D], `pos_embed` [1, L,
     D] (a buffer without a row for the class token), `patch_embed.proj.*`, `blocks.i.*`, `norm.*`.
@@ -71,7 +73,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(self.embed_dim, self.grid_size))
         self.patch_embed = vit.patch_embed
-        self.blocks = vit.blocks
+        self.blocks = fuse(vit.blocks)
         self.norm = vit.norm
 
         init_weights(self)
@@ -107,16 +109,25 @@ class Encoder(nn.Module):
             module.eval()
         return self
 
-    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        ids_keep: Tensor | None = None,
+        *,
+        class_token_only: bool = False,
+    ) -> Tensor:
         """Encode the images, or their kept patches.
 
         Args:
             images: [B, C, H, W] normalised; no gradient is needed for them.
             ids_keep: [B, N] patches to encode; None encodes all L in their own order.
+            class_token_only: what the last block and the final norm compute for the other tokens is
+                left out: all but their keys and values.
 
         Returns:
-            [B, 1 + N, D] tokens after the final norm, the class token first. Autograd reaches down
-            to the first layer that is not frozen.
+            [B, 1 + N, D] tokens after the final norm, the class token first; with
+            `class_token_only` [B, 1, D], the same row. Autograd reaches down to the first layer
+            that is not frozen.
         """
         num_frozen_blocks = min(self.num_frozen, self.depth)
         with profile_range("frozen blocks" if self.num_frozen else "tuned blocks"):
@@ -124,14 +135,14 @@ class Encoder(nn.Module):
                 tokens = self.embed(images, ids_keep)
             with torch.no_grad():
                 for i in range(num_frozen_blocks):
-                    tokens = self.blocks[i](tokens)
+                    tokens = self._run_block(i, tokens, class_token_only)
         trains = self.num_frozen <= self.depth
         with (
             profile_range("tuned blocks" if trains else "frozen blocks"),
             torch.set_grad_enabled(torch.is_grad_enabled() and trains),
         ):
             for i in range(num_frozen_blocks, self.depth):
-                tokens = self.blocks[i](tokens)
+                tokens = self._run_block(i, tokens, class_token_only)
             return self.norm(tokens)  # type: ignore[no-any-return]
 
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
@@ -156,6 +167,12 @@ class Encoder(nn.Module):
         cls_token = self.cls_token.expand(len(tokens), -1, -1)
         return torch.cat([cls_token, tokens], dim=1)
 
+    def _run_block(self, i: int, tokens: Tensor, class_token_only: bool) -> Tensor:
+        """Block i, the last one for the class token alone where no more is asked for."""
+        if class_token_only and i == self.depth - 1:
+            return _first_token(self.blocks[i], tokens)
+        return self.blocks[i](tokens)  # type: ignore[no-any-return]
+
     def _frozen_modules(self) -> list[nn.Module]:
         """The modules that `freeze` turned off, lowest first."""
         modules = [self.patch_embed, *self.blocks, self.norm]
@@ -170,6 +187,22 @@ def pool(tokens: Tensor, pooling: Literal["class_token", "mean_patch"]) -> Tenso
     if pooling == "class_token":
         return tokens[:, 0]
     return tokens[:, 1:].mean(dim=1)
+
+
+def pooled_features(
+    encoder: nn.Module, images: Tensor, pooling: Literal["class_token", "mean_patch"]
+) -> Tensor:
+    """`pool(encoder(images), pooling)` [B, D], without what an `Encoder` would compute in vain.
+
+    Args:
+        encoder: maps images to tokens [B, 1 + L, D]; of an `Encoder`'s last block the class token
+            costs about a sixth.
+        images: [B, C, H, W] normalised.
+        pooling: see `pool`.
+    """
+    if pooling == "class_token" and isinstance(encoder, Encoder):
+        return pool(encoder(images, class_token_only=True), pooling)
+    return pool(encoder(images), pooling)
 
 
 class Masking(NamedTuple):
@@ -284,6 +317,18 @@ def init_weights(module: nn.Module) -> None:
         elif isinstance(layer, nn.LayerNorm):
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+
+def _first_token(block: Any, tokens: Tensor) -> Tensor:
+    """Row 0 of `block(tokens)`, for a timm `Block`: [B, N, D] to [B, 1, D].
+
+    Source: timm: models/vision_transformer.py, Block.forward.
+    """
+    x, attn = block.norm1(tokens), block.attn
+    # Whoever took `fuse` back gets the same row from all of them.
+    attended = attn.first_token(x) if isinstance(attn, FusedAttention) else attn(x)[:, :1]
+    x = tokens[:, :1] + block.drop_path1(block.ls1(attended))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
 
 
 def _build_vit(config: EncoderConfig) -> VisionTransformer:

@@ -20,7 +20,7 @@ from maect_fast.models.encoder import (
     Encoder,
     masking_noise,
     paste_patches,
-    pool,
+    pooled_features,
     random_masking,
 )
 from maect_fast.models.head import NNCLRHead
@@ -186,8 +186,8 @@ class ContrastiveModel(nn.Module):
             "loss" and "nn_accuracy", 0-d; with a decoder also the parts "contrastive" and
             "reconstruction".
         """
-        tokens = self.encoder(views.flatten(0, 1))  # [V * n, 1 + L, D] fp32
-        pooled = pool(tokens, self.pooling).view(*views.shape[:2], -1)
+        pooled = pooled_features(self.encoder, views.flatten(0, 1), self.pooling)  # [V * n, D] fp32
+        pooled = pooled.view(*views.shape[:2], -1)
         output = self.head(pooled, step=step, sample_id=sample_id, label=label)
         if self.decoder is None:
             return {"loss": output.loss, "nn_accuracy": output.nn_accuracy}

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from maect_fast.evaluation import (
 )
 from maect_fast.evaluation.features import cls_attention, concatenate
 from maect_fast.models.encoder import Encoder
-from maect_fast.nn import FusedAttention, fuse
+from maect_fast.nn import FusedAttention, unfuse
 
 NO_LABEL = torch.tensor([-1])
 
@@ -168,7 +169,8 @@ def last_attention(encoder: Encoder) -> Any:
 
 
 def attention_of_timm(encoder: Encoder, images: Tensor) -> Tensor:
-    """The last block's weights [n, heads, 1 + L, 1 + L] as timm itself computes them, unfused."""
+    """The last block's weights [n, heads, 1 + L, 1 + L] as timm itself computes them."""
+    encoder = unfuse(copy.deepcopy(encoder))
     attn = last_attention(encoder)
     attn.fused_attn = False
     weights: list[Tensor] = []
@@ -190,9 +192,18 @@ def test_cls_attention_is_what_timm_computes(encoder: Encoder) -> None:
     assert not last_attention(encoder)._forward_pre_hooks
 
 
-def test_cls_attention_of_a_fused_encoder(encoder: Encoder) -> None:
-    """Its attention module never holds the weights."""
+def test_cls_attention_of_an_encoder_that_is_not_fused(encoder: Encoder) -> None:
+    """A fused one's attention module never holds the weights; it makes no difference."""
     images = 5 * some_batches()[0][0]
     expected = cls_attention(encoder, images)
-    torch.testing.assert_close(cls_attention(fuse(encoder), images), expected)
     assert isinstance(last_attention(encoder), FusedAttention)
+    torch.testing.assert_close(cls_attention(unfuse(encoder), images), expected)
+
+
+def test_extraction_computes_of_the_last_block_what_it_uses(encoder: Encoder) -> None:
+    rows: list[int] = []
+    last: Any = encoder.blocks[-1]
+    last.mlp.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[1]))
+    extract_features(encoder, some_batches()[:1], pooling="class_token")
+    extract_features(encoder, some_batches()[:1], pooling="mean_patch")
+    assert rows == [1, 17]

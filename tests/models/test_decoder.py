@@ -7,6 +7,7 @@ from torch import Tensor
 from maect_fast.config import DecoderConfig, EncoderConfig
 from maect_fast.models.decoder import Decoder, patch_targets, reconstruction_loss
 from maect_fast.models.encoder import Encoder, Masking, random_masking, sincos_pos_embed
+from maect_fast.nn import FusedAttention
 
 DIM, PATCH, HEADS = 16, 2, 4
 
@@ -77,6 +78,7 @@ def test_names_shapes_and_initialisation() -> None:
     block: Any = decoder.blocks[0]
     assert decoder.norm.eps == block.norm1.eps == 1e-6
     assert block.attn.num_heads == HEADS
+    assert all(type(each.attn) is FusedAttention for each in decoder.blocks)
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -5,7 +5,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.attention import Attention
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from maect_fast.config import EncoderConfig
 from maect_fast.models.encoder import (
@@ -14,9 +16,11 @@ from maect_fast.models.encoder import (
     masking_noise,
     paste_patches,
     pool,
+    pooled_features,
     random_masking,
     sincos_pos_embed,
 )
+from maect_fast.nn import FusedAttention, unfuse
 
 # 4 x 4 patches of 2 x 2 pixels
 TINY = EncoderConfig(
@@ -223,6 +227,124 @@ def test_pool() -> None:
     tokens = torch.tensor([[[1.0, 2.0], [3.0, 5.0], [5.0, 9.0]]])
     assert pool(tokens, "class_token").tolist() == [[1, 2]]
     assert pool(tokens, "mean_patch").tolist() == [[4, 7]]
+
+
+def test_attention_is_fused() -> None:
+    encoder = tiny()
+    images = torch.randn(2, 3, 8, 8)
+    tokens = encoder(images)
+    assert all(type(block.attn) is FusedAttention for block in encoder.blocks)
+    unfuse(encoder)
+    assert all(type(block.attn) is Attention for block in encoder.blocks)
+    # On the CPU it is the same kernel.
+    assert torch.equal(encoder(images), tokens)
+    torch.testing.assert_close(encoder(images, class_token_only=True), tokens[:, :1])
+
+
+def class_token(encoder: Encoder, images: Tensor, *, alone: bool, **options: Any) -> list[Tensor]:
+    """The class token after the final norm, [B, 1, D], and all gradients of a function of it."""
+    tokens = encoder(images, class_token_only=alone, **options)
+    assert (tokens.shape[1] == 1) == alone
+    row = tokens[:, :1]
+    weight = torch.randn(row.shape, generator=torch.Generator().manual_seed(1)).to(row)
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    if not row.requires_grad:
+        assert not parameters
+        return [row]
+    return [row.detach(), *torch.autograd.grad(row, parameters, weight)]
+
+
+def uneven() -> Encoder:
+    """In fp64, and no bias is zero, no scale is one."""
+    encoder = tiny().double()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return encoder
+
+
+@pytest.mark.parametrize("frozen", [0, 2, 3, None])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_class_token_alone_is_the_class_token(frozen: int | None, masked: bool) -> None:
+    encoder = uneven()
+    encoder.freeze(frozen)
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    options = {"ids_keep": torch.rand(3, 16).argsort(dim=1)[:, :5]} if masked else {}
+    expected = class_token(encoder, images, alone=False, **options)
+    result = class_token(encoder, images, alone=True, **options)
+    assert len(expected) == 1 + sum(p.requires_grad for p in encoder.parameters())
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_the_class_token_alone_with_layer_scale_and_stochastic_depth() -> None:
+    """A block is followed layer by layer, also where a plain ViT has none."""
+    encoder = uneven()
+    last: Any = encoder.blocks[-1]
+    last.ls1, last.ls2 = nn.Linear(32, 32).double(), nn.Linear(32, 32).double()
+    last.drop_path1, last.drop_path2 = nn.Tanh(), nn.Sigmoid()
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    expected = class_token(encoder, images, alone=False)
+    result = class_token(encoder, images, alone=True)
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("frozen", [0, 2, None])
+def test_the_class_token_alone_saves_all_but_keys_and_values(frozen: int | None) -> None:
+    encoder = tiny()
+    encoder.freeze(frozen)
+    B, N, D = 3, 17, 32
+    images = torch.randn(B, 3, 8, 8)
+
+    def count(alone: bool) -> int:
+        with FlopCounterMode(display=False) as counter:
+            class_token(encoder, images, alone=alone)
+        total: int = counter.get_total_flops()
+        return total
+
+    # Queries and `proj` are D x D, the MLP's layers 4 D x D; backward is twice that.
+    linear = 2 * (1 + 1 + 4 + 4) * D**2
+    # Two products forward, five backward.
+    attention = (2 * 2 * N * D, 2 * 5 * N * D)
+    trains = frozen is not None
+    saved = (linear + attention[0]) + trains * (2 * linear + attention[1])
+    assert count(alone=False) - count(alone=True) == B * (N - 1) * saved
+
+
+def test_the_class_token_alone_compiles_whole() -> None:
+    encoder = tiny()
+    encoder.freeze(1)
+    images = torch.randn(2, 3, 8, 8)
+    expected = class_token(encoder, images, alone=True)
+    encoder.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(class_token(encoder, images, alone=True), expected)
+
+
+def test_the_class_token_alone_under_autocast() -> None:
+    encoder = tiny()
+    images = torch.randn(2, 3, 8, 8)
+    exact = class_token(encoder, images, alone=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        full = class_token(encoder, images, alone=False)
+        result = class_token(encoder, images, alone=True)
+    assert {tensor.dtype for tensor in result} == {torch.float32}
+    for ours, eager, true in zip(result, full, exact, strict=True):
+        assert (ours - true).norm() <= 2 * (eager - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.parametrize(("pooling", "rows"), [("class_token", 1), ("mean_patch", 17)])
+def test_pooling_computes_what_it_needs(pooling: Any, rows: int) -> None:
+    encoder = tiny()
+    seen: list[int] = []
+    last: Any = encoder.blocks[-1]
+    for layer in (last.norm2, last.mlp.fc1, last.mlp.fc2, last.attn.proj, encoder.norm):
+        layer.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+    images = torch.randn(2, 3, 8, 8)
+    pooled = pooled_features(encoder, images, pooling)
+    assert seen == [rows] * 5
+    torch.testing.assert_close(pooled, pool(encoder(images), pooling))
+    # Whatever else maps images to tokens is asked for all of them.
+    tokens = nn.Flatten(2)
+    assert torch.equal(pooled_features(tokens, images, pooling), pool(tokens(images), pooling))
 
 
 def trained_names(encoder: Encoder) -> set[str]:

@@ -119,6 +119,32 @@ def test_contrastive_pools_both_views_of_one_pass() -> None:
     assert outputs["nn_accuracy"].equal(expected.nn_accuracy)
 
 
+@pytest.mark.parametrize("frozen", [0, 2, None])
+def test_contrastive_runs_the_last_block_for_the_class_token(frozen: int | None) -> None:
+    """Loss and gradients are those of all tokens; with the reconstruction loss the masked pass
+    has all of its own."""
+    config = make_config(stage="tune", reconstruction_weight=0.5)
+    config.head.pooling = "class_token"
+    model = build_contrastive(config, ALONE).double().eval()
+    model.encoder.freeze(frozen)
+    batch = make_batch() | {"views": make_batch()["views"].double()}
+    rows: list[int] = []
+    last: Any = model.encoder.blocks[-1]
+    last.mlp.fc1.register_forward_hook(lambda _, __, out: rows.append(out.shape[1]))
+
+    def update() -> dict[str, Tensor]:
+        outputs = model(**batch, step=2)
+        grads = torch.autograd.grad(outputs["loss"], list(trained(model).values()))
+        return {"loss": outputs["loss"].detach(), **dict(zip(trained(model), grads, strict=True))}
+
+    result = update()
+    assert rows == [1, 5]
+    whole = model.encoder.forward
+    model.encoder.forward = lambda *args, class_token_only=False: whole(*args)  # type: ignore[method-assign]
+    torch.testing.assert_close(result, update(), rtol=1e-9, atol=1e-12)
+    assert rows == [1, 5, 17, 5]
+
+
 def test_tuning_trains_the_upper_blocks_and_the_head() -> None:
     model = build_contrastive(make_config(stage="tune"), ALONE)
     model.encoder.freeze(2)
