@@ -29,9 +29,11 @@ MAX_NUMBERS = 4096
 
 def triton_obstacle(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
     """Why the Triton kernels cannot take these tensors or make that dtype, or None."""
+    if reason := gpu.obstacle(*tensors):
+        return reason
     if dtype not in gpu.DTYPES:
-        return f"makes float32, bfloat16 and float16, not {str(dtype).split('.')[1]}"
-    return gpu.obstacle(*tensors)
+        return f"makes float32, bfloat16 and float16, got {str(dtype).split('.')[1]}"
+    return None
 
 
 def mse_obstacle(predicted: Tensor, images: Tensor) -> str | None:
