@@ -46,7 +46,8 @@ def gather_patches(
     _check_images(images, patch_size)
     expect(to in FLOATING, "dtype", "a float", to, TypeError)
     check_tensor("ids", ids, images, INDEX, (len(images), None))
-    return op.gather_patches(images, ids, patch_size, to, backend)
+    rows: Tensor = op.gather_patches(images, ids, patch_size, to, backend)
+    return rows
 
 
 def restore_tokens(
@@ -84,7 +85,8 @@ def restore_tokens(
     check_tensor("pos_embed", pos_embed, tokens, FLOATING, (1, L, D))
     if not 1 <= num_tokens <= 1 + L:
         raise ValueError(f"tokens: expected 1 to {1 + L} of an image, got {num_tokens}")
-    return op.restore_tokens(tokens, mask_token, pos_embed, ids_restore, backend)
+    result: Tensor = op.restore_tokens(tokens, mask_token, pos_embed, ids_restore, backend)
+    return result
 
 
 def masked_patch_mse(
@@ -121,7 +123,9 @@ def masked_patch_mse(
     check_tensor("predicted", predicted, images, FLOATING, (*ids_removed.shape, F))
     expect(ids_removed.numel() > 0, "ids_removed", "at least one patch", "none")
     expect(F > 1 or not normalize, "normalize", "patches of more than one number", F)
-    return op.masked_patch_mse(predicted, images, ids_removed, patch_size, normalize, backend)[0]
+    loss: Tensor
+    loss, _ = op.masked_patch_mse(predicted, images, ids_removed, patch_size, normalize, backend)
+    return loss
 
 
 def _check_images(images: Tensor, patch_size: int) -> int:

@@ -40,7 +40,7 @@ def gather_patches(images: Tensor, ids: Tensor, patch_size: int, dtype: torch.dt
 def scatter_patches(grad: Tensor, ids: Tensor, images: Tensor, patch_size: int) -> Tensor:
     """Gradient of `gather_patches` to images; that of a patch gathered twice is the sum."""
     result = torch.zeros_like(images)
-    pixels = grad.unflatten(2, (images.shape[1], patch_size, patch_size)).to(images.dtype)
+    pixels = grad.reshape(*ids.shape, images.shape[1], patch_size, patch_size).to(images.dtype)
     places = _places(images, ids, patch_size)
     # With accumulate the order of the sum is fixed, on CUDA too.
     patch_view(result, patch_size).index_put_(places, pixels, accumulate=True)

@@ -208,9 +208,9 @@ def machine_code(arch: int) -> Iterator[Launch]:
     for row in fitting(RESTORE_BACKWARD, arch):
         for variant, dtype in DTYPES.items():
             x = _inputs_at(row, dtype)
-            grad = x.images.new_empty((row.sizes["B"], 1 + x.ids_restore.shape[1], row.sizes["D"]))
-            call = partial(restore_gradient, grad, x.ids_restore, x.tokens.shape[1], dtype, row)
-            yield Launch(kernel=restore_backward_kernel, row=row, call=call, variant=variant)
+            inputs = (x.restored, x.ids_restore, x.tokens.shape[1], dtype)
+            backward = partial(restore_gradient, *inputs, row)
+            yield Launch(kernel=restore_backward_kernel, row=row, call=backward, variant=variant)
     for row in fitting(MSE, arch):
         for variant, dtype in DTYPES.items():
             x = _inputs_at(row, dtype)
@@ -231,6 +231,7 @@ class _Inputs(NamedTuple):
     tokens: Tensor
     mask_token: Tensor
     pos_embed: Tensor
+    restored: Tensor
     predicted: Tensor
 
 
@@ -248,5 +249,6 @@ def _inputs_at(row: LaunchRow, dtype: torch.dtype) -> _Inputs:
         tokens=meta(B, 1 + N, D, dtype=dtype),
         mask_token=meta(1, 1, D),
         pos_embed=meta(1, L, D),
+        restored=meta(B, 1 + L, D),
         predicted=meta(B, L - N, F, dtype=dtype),
     )

@@ -1,5 +1,6 @@
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_gradcheck() -> None:
         randn(*shape, dtype=torch.float64).requires_grad_()
         for shape in ((2, 3, 5), (1, 1, 5), (1, 4, 5))
     ]
-    assert torch.autograd.gradcheck(lambda *x: restore_tokens(*x, ids), leaves)
+    assert torch.autograd.gradcheck(lambda a, b, c: restore_tokens(a, b, c, ids), leaves)
     predicted = randn(2, 3, 8, dtype=torch.float64, seed=2).requires_grad_()
     for normalize in (False, True):
         assert torch.autograd.gradcheck(
@@ -176,15 +177,15 @@ def restore_inputs(
     dtype: torch.dtype,
     device: torch.device | str,
     wide: torch.dtype = torch.float32,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens as autocast leaves them; mask token and positions as parameters."""
     tokens = randn(B, 1 + N, D, device=device, dtype=dtype)
     mask_token = randn(1, 1, D, device=device, dtype=wide, seed=1)
-    return [tokens, mask_token, randn(1, L, D, device=device, dtype=wide, seed=2)]
+    return tokens, mask_token, randn(1, L, D, device=device, dtype=wide, seed=2)
 
 
 def differentiate(
-    function: Any, inputs: list[Tensor], grad: Tensor, *args: Any, **kwargs: Any
+    function: Any, inputs: Sequence[Tensor], grad: Tensor, *args: Any, **kwargs: Any
 ) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves, *args, **kwargs)
@@ -256,9 +257,9 @@ def test_strided_tokens_and_gradients(backend: Any, device: torch.device) -> Non
     tokens = randn(4, 12, 40, device=device)[:, ::2, 8:32]
     pos_embed = randn(2, 9, 24, device=device, seed=2)[1:]
     ids = shuffled(8, 9, device)[::2]
-    inputs = [tokens, randn(1, 1, 24, device=device, seed=1), pos_embed]
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    found, expected = restore_tokens(*leaves, ids, backend=backend), naive_restore(*leaves, ids)
+    inputs = (tokens, randn(1, 1, 24, device=device, seed=1), pos_embed)
+    a, b, c = leaves = [x.detach().requires_grad_() for x in inputs]
+    found, expected = restore_tokens(a, b, c, ids, backend=backend), naive_restore(a, b, c, ids)
     assert torch.equal(found, expected)
     for grad in (
         torch.ones((), device=device).expand_as(found),
@@ -514,7 +515,7 @@ def test_triton_allocates_results_and_little_else(monkeypatch: pytest.MonkeyPatc
     tokens, predicted = meta(B, 1 + N, D, dtype=half), meta(B, L - N, F, dtype=half)
     restore = (tokens, meta(1, 1, D), meta(1, L, D), ids)
     mse = (predicted, images, ids[:, N:], 16, True)
-    calls = {
+    calls: dict[str, Any] = {
         "gather": (lambda: kernel.gather_patches(images, ids[:, :N], 16, half), 2 * B * N * F),
         "restore": (lambda: kernel.restore_tokens(*restore), 4 * B * (1 + L) * D),
         "its gradient": (
@@ -523,7 +524,7 @@ def test_triton_allocates_results_and_little_else(monkeypatch: pytest.MonkeyPatc
         ),
         "loss": (lambda: kernel.masked_patch_mse(*mse), 4),
         "its gradient to predictions": (
-            lambda: kernel.mse_gradient(meta(()), *mse),
+            lambda: kernel.mse_gradient(meta(1), *mse),
             4 + 2 * B * (L - N) * F,
         ),
     }
@@ -632,7 +633,7 @@ def test_backends_that_do_not_run_say_so() -> None:
     calls: dict[str, Any] = {
         "gather_patches": lambda x, b: gather_patches(IMAGES.to(x), IDS.to(x.device), 4, backend=b),
         "restore_tokens": lambda x, b: restore_tokens(
-            *(y.to(x) for y in (TOKENS, MASK, POS)), RESTORE.to(x.device), backend=b
+            TOKENS.to(x), MASK.to(x), POS.to(x), RESTORE.to(x.device), backend=b
         ),
         "masked_patch_mse": lambda x, b: masked_patch_mse(
             ROWS.to(x), IMAGES.to(x), IDS.to(x.device), 4, normalize=True, backend=b
@@ -662,7 +663,7 @@ def test_opcheck(backend: Any, device: torch.device) -> None:
     leaf = images.clone().requires_grad_()
     torch.library.opcheck(op.gather_patches, (leaf, ids, K, torch.float16, backend))
     tokens, mask_token, pos_embed = restore_inputs(2, 2, 6, 8, torch.float16, device)
-    leaves = [x.requires_grad_() for x in (tokens, mask_token, pos_embed)]
+    leaves: Any = [x.requires_grad_() for x in (tokens, mask_token, pos_embed)]
     ids_restore = shuffled(2, 6, device)
     torch.library.opcheck(op.restore_tokens, (*leaves, ids_restore, backend))
     grad = randn(2, 7, 8, device=device)

@@ -205,7 +205,7 @@ def test_order_of_kept_patches_does_not_matter_to_the_class_token() -> None:
 def test_patches_are_found_and_pasted_row_by_row() -> None:
     images = torch.arange(2 * 1 * 4 * 6).view(2, 1, 4, 6).float()
     ids = torch.tensor([[5, 0], [1, 4]])
-    patches = gather_patches(images, ids, 2).unflatten(2, (1, 2, 2))
+    patches = gather_patches(images, ids, 2).view(2, 2, 1, 2, 2)
     assert patches[0, 0, 0].tolist() == [[16, 17], [22, 23]]
     assert patches[1, 0, 0].tolist() == [[26, 27], [32, 33]]
     pasted = paste_patches(images, ids, torch.zeros(2, 2, 4), 2)
