@@ -1,53 +1,16 @@
-"""The public functions: contract, checks, choice of the backend.
+"""Public functions: the decoder's input, and the loss.
 
-Source: arXiv 2111.06377; ml-jku/MAE-CT: models/vit/masked_encoder.py and masked_decoder.py,
-losses/mae_vit_loss.py.
+Source: arXiv 2111.06377; ml-jku/MAE-CT: models/vit/masked_decoder.py, losses/mae_vit_loss.py.
 """
 
-import torch
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels._common.checks import check_tensor, expect
 from maect_fast.kernels.mae_tokens import op
+from maect_fast.kernels.mae_tokens.gather import FLOATING, INDEX, check_images
 
-__all__ = ["gather_patches", "masked_patch_mse", "restore_tokens"]
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDEX = (torch.int32, torch.int64)
-
-
-def gather_patches(
-    images: Tensor,
-    ids: Tensor,
-    patch_size: int,
-    *,
-    dtype: torch.dtype | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Pixels of the chosen patches: rows that ``F.linear(rows, proj.weight.flatten(1))`` embeds.
-
-    Args:
-        images: [B, C, H, W] floats of any strides, H and W multiples of K; the only input with a
-            gradient, in plain PyTorch: the sum over patches gathered twice.
-        ids: [B, N] int32 or int64 in 0..L - 1, counted row by row; the kernel makes NaN of others.
-        patch_size: K.
-        dtype: of the result, a float; None: that of the images.
-        backend: "auto" is "triton" on CUDA but for fp64, else "reference".
-
-    Returns:
-        [B, N, C * K * K] contiguous; channels first, as in a convolution's weight.
-
-    Raises:
-        ValueError, TypeError: a shape, device or dtype. RuntimeError: a backend.
-    """
-    to = images.dtype if dtype is None else dtype
-    check_backend("gather_patches", backend, triton=lambda: op.triton_obstacle(images, dtype=to))
-    _check_images(images, patch_size)
-    expect(to in FLOATING, "dtype", "a float", to, TypeError)
-    check_tensor("ids", ids, images, INDEX, (len(images), None))
-    rows: Tensor = op.gather_patches(images, ids, patch_size, to, backend)
-    return rows
+__all__ = ["masked_patch_mse", "restore_tokens"]
 
 
 def restore_tokens(
@@ -73,7 +36,8 @@ def restore_tokens(
         [B, 1 + L, D] contiguous, the wider dtype of tokens and positions; no second derivative.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `gather_patches`; a last stride that is not 1.
+        ValueError, TypeError: a shape, device or dtype that does not fit; a last stride not 1.
+        RuntimeError: a backend that is not there, or not for these inputs.
     """
     x = (tokens, mask_token, pos_embed)
     check_backend("restore_tokens", backend, triton=lambda: op.triton_obstacle(*x))
@@ -118,7 +82,7 @@ def masked_patch_mse(
     """
     x = (predicted, images)
     check_backend("masked_patch_mse", backend, triton=lambda: op.mse_obstacle(*x))
-    F = _check_images(images, patch_size)
+    F = check_images(images, patch_size)
     check_tensor("ids_removed", ids_removed, images, INDEX, (len(images), None))
     check_tensor("predicted", predicted, images, FLOATING, (*ids_removed.shape, F))
     expect(ids_removed.numel() > 0, "ids_removed", "at least one patch", "none")
@@ -126,12 +90,3 @@ def masked_patch_mse(
     loss: Tensor
     loss, _ = op.masked_patch_mse(predicted, images, ids_removed, patch_size, normalize, backend)
     return loss
-
-
-def _check_images(images: Tensor, patch_size: int) -> int:
-    """Returns how many numbers a patch has."""
-    expect(images.dtype in FLOATING, "images", "floats", images.dtype, TypeError)
-    if images.ndim != 4 or patch_size < 1 or any(n % patch_size for n in images.shape[2:]):
-        expected = f"[B, C, H, W] with H and W multiples of the patch size {patch_size}"
-        raise ValueError(f"images: expected {expected}, got {list(images.shape)}")
-    return int(images.shape[1]) * patch_size**2

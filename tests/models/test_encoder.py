@@ -195,6 +195,22 @@ def test_kept_patches_equal_convolution_then_gather() -> None:
     assert encoder(images, ids_keep).shape == (3, 6, 32)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_kept_patches_are_cast_as_autocast_casts_them(enabled: bool) -> None:
+    """Gathered in the product's dtype, they are the same bits."""
+    encoder, images = tiny(), torch.randn(2, 3, 8, 8)
+    ids_keep = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    proj = encoder.patch_embed.proj
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+        pixels = gather_patches(images, ids_keep, 2)
+        embedded = F.linear(pixels, proj.weight.flatten(1), proj.bias)
+        assert embedded.dtype == (torch.bfloat16 if enabled else torch.float32)
+        expected = embedded + encoder.pos_embed[0, ids_keep]
+        assert torch.equal(encoder.embed(images, ids_keep)[:, 1:], expected)
+        double = encoder.double().embed(images.double(), ids_keep)
+    torch.testing.assert_close(double[:, 1:], expected.double(), rtol=2e-2, atol=2e-2)
+
+
 def test_order_of_kept_patches_does_not_matter_to_the_class_token() -> None:
     encoder = tiny().double()
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
