@@ -54,9 +54,9 @@ def _row(
     )
 
 
-# 8 numbers per thread; the sides 14 and 7 of a patch load them one by one.
+# Of a patch with sides of 16 a load takes 128 bits, of one with 14 the 64 that it has aligned.
 GATHER = (_row("any", registers=40, blocks=12, wide_loads=2, BLOCK_R=4, BLOCK_F=256),)
-RESTORE = (_row("any", registers=40, blocks=12, wide_loads=9, BLOCK_R=4, BLOCK_D=512),)
+RESTORE = (_row("any", registers=40, blocks=12, wide_loads=7, BLOCK_R=4, BLOCK_D=512),)
 RESTORE_BACKWARD = (_row("any", registers=72, blocks=7, wide_loads=4, BLOCK_R=4, BLOCK_D=512),)
 # By ascending BLOCK_F, which holds a whole patch. The predictions' loads are the wide ones: their
 # order, channels last, is that of the threads, and the images' pixels come through the L1 cache.
@@ -184,8 +184,9 @@ def _mse(
     """Sizes, strides and keyword arguments of both kernels of the loss."""
     sizes = (ids.numel(), ids.shape[1], *_grid_size(images, patch_size))
     strides = (*predicted.stride()[:2], *images.stride(), *ids.stride())
-    options = {"C": images.shape[1], "K": patch_size, "NORMALIZE": normalize, **row.options}
-    return (*sizes, *strides), options
+    options = {"C": images.shape[1], "K": patch_size, "NORMALIZE": normalize}
+    options["IS_CONTIGUOUS"] = predicted.is_contiguous()
+    return (*sizes, *strides), options | row.options
 
 
 def _grid_size(images: Tensor, patch_size: int) -> tuple[int, int]:
