@@ -1,5 +1,7 @@
 """The public functions: contract, checks, choice of the backend."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ def masked_attention(
         max_seqlen: with `cu_seqlens`, an int; what a longer segment gives is undefined.
         key_mask: [B, N] bool, True = takes part as a key (as a query it does anyway).
         scale: factor of the scores, ``D ** -0.5`` by default.
-        backend: "auto": PyTorch's own kernels, on the CPU SDPA's; "reference": the definition.
+        backend: "auto": Triton for fp16 and bf16 on CUDA, else PyTorch's own kernels, on the CPU
+            SDPA's; "triton"; "reference", the definition.
 
     Returns:
         [B, N, H, D] or, packed, [T, H, D]; contiguous, dtype of `qkv`.
@@ -47,17 +50,20 @@ def masked_attention(
     Raises:
         ValueError: two modes at once, a wrong combination, shape, last stride or device.
         TypeError: a wrong dtype; a `max_seqlen` that is no int.
-        RuntimeError: a backend that is not built.
+        RuntimeError: a backend that is not there, or not for these inputs.
 
     Source: arXiv 1706.03762; ml-jku/MAE-CT: models/modules/flash_attention_wrapper.py.
     """
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-    check_backend("masked_attention", backend)
     rows = _check_modes(modes)
     check_tensor("qkv", qkv, qkv, FLOATING, (*rows, 3, None, None))
     _check_tensors(qkv, modes)
-    attend = reference.masked_attention if backend == "reference" else op.masked_attention_fwd
-    return attend(qkv, *modes, qkv.shape[-1] ** -0.5 if scale is None else scale)[0]
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    obstacle = partial(op.triton_obstacle, *qkv.unbind(-3), scale)
+    check_backend("masked_attention", backend, triton=obstacle)
+    if backend == "reference":
+        return reference.masked_attention(qkv, *modes, scale)[0]
+    return op.masked_attention_fwd(qkv, *modes, scale, _is_recorded(qkv), backend)[0]
 
 
 def attention(
@@ -79,15 +85,22 @@ def attention(
     but `seqlens` bounds the keys only, and `keep` and `cu_seqlens` (q, k, v [T, H, D]) need M = N.
     """
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-    check_backend("attention", backend)
     rows = _check_modes(modes)
     square = keep is not None or cu_seqlens is not None
     check_tensor("v", v, v, FLOATING, (*rows, None, None))
     check_tensor("k", k, v, (v.dtype,), v.shape)
     check_tensor("q", q, v, (v.dtype,), v.shape if square else (len(v), None, *v.shape[2:]))
     _check_tensors(v, modes)
-    attend = reference.attention if backend == "reference" else op.attention_fwd
-    return attend(q, k, v, *modes, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_backend("attention", backend, triton=partial(op.triton_obstacle, q, k, v, scale))
+    if backend == "reference":
+        return reference.attention(q, k, v, *modes, scale)[0]
+    return op.attention_fwd(q, k, v, *modes, scale, _is_recorded(q, k, v), backend)[0]
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    """Whether a backward may come, which needs the forward's lse."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _check_modes(modes: Modes) -> tuple[None, ...]:

@@ -50,8 +50,17 @@ def make_qkv(mode: str, B: int, N: int, **options: Any) -> Tensor:
     return random_qkv(*leading, **{"heads": 2, "dim": 16} | options)
 
 
-def positional(arguments: dict[str, Any], scale: float = SCALE) -> tuple[Any, ...]:
+def modes_of(arguments: dict[str, Any], scale: float = SCALE) -> tuple[Any, ...]:
     return *(arguments.get(name) for name in NAMES), scale
+
+
+def forward_arguments(arguments: dict[str, Any], backend: str = "auto") -> tuple[Any, ...]:
+    """With lse."""
+    return *modes_of(arguments), True, backend
+
+
+def backward_arguments(arguments: dict[str, Any], backend: str = "auto") -> tuple[Any, ...]:
+    return *modes_of(arguments), backend
 
 
 def run(

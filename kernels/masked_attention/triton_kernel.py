@@ -1,0 +1,415 @@
+"""Launches of the attention's Triton kernels: tables, launchers, what the machine code holds."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from maect_fast.kernels._common.gpu import num_multiprocessors, table_arch
+from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels.masked_attention.triton_backward import (
+    bwd_block_kernel,
+    bwd_two_phase_kernel,
+)
+from maect_fast.kernels.masked_attention.triton_forward import (
+    fwd_resident_kernel,
+    fwd_streaming_kernel,
+)
+from maect_fast.kernels.masked_attention.triton_rows import key_blocks, padded, zero_tail_kernel
+from maect_fast.kernels.masked_attention.triton_slabs import (
+    bwd_resident_kernel,
+    bwd_slabs_kernel,
+)
+
+__all__ = ["backward", "forward", "machine_code"]
+
+Modes = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, Tensor | None]
+
+# Numbers in 16 bytes of half precision, which one load instruction takes.
+ALIGN = 8
+ALL = (80, 90)
+# Queries that a row for one query takes: a block's.
+FEW_QUERIES = 16
+
+
+def _num_keys(N: int) -> int:
+    """N in whole blocks of 16, at least one."""
+    return max(1, triton.cdiv(N, 16)) * 16
+
+
+def _row(
+    size: tuple[int, int, int],
+    trips: list[tuple[int, int, int]],
+    blocks: dict[str, int],
+    *,
+    archs: tuple[int, ...],
+    warps: int,
+    stages: int,
+    registers: int,
+    fit: int,
+    hmma: int = 0,
+) -> LaunchRow:
+    """A launch for M queries, up to N keys, rounded up to 16, and up to D features.
+
+    Each trip is a loop's: its block of queries and of keys, and how many products it makes.
+    """
+    M, N, D = size
+    products: tuple[tuple[float, float, float], ...] = ()
+    padded_work = 0
+    for block_m, block_n, count in trips:
+        # 257 rows over five tiles of 64 are 51.4 each.
+        useful = (M / triton.cdiv(M, block_m), N / triton.cdiv(N, block_n), D)
+        products += (useful,) * count
+        padded_work += block_m * block_n * padded(D) * count
+    return LaunchRow(
+        label=f"{M} x {N} x {D}",
+        archs=archs,
+        num_warps=warps,
+        num_stages=stages,
+        blocks=blocks,
+        sizes={"B": 512, "H": 16, "M": M, "N": N, "D": D},
+        limits=Limits(
+            registers=registers,
+            blocks_per_sm=fit,
+            products=products,
+            max_waste=padded_work / sum(m * n * d for m, n, d in products),
+            hmma=hmma,
+            opcodes={"MUFU.EX2": sum(m * n for m, n, _ in trips) // (32 * warps)},
+        ),
+    )
+
+
+def _resident(
+    N: int,
+    D: int,
+    *,
+    archs: tuple[int, ...] = ALL,
+    stages: int = 1,
+    licm: bool = False,
+    **limits: int,
+) -> LaunchRow:
+    """Forward, a row of scores at once."""
+    blocks = {"BLOCK_M": 64, "LICM": licm}
+    trips = [(64, sum(key_blocks(_num_keys(N))), 2)]
+    return _row((N, N, D), trips, blocks, archs=archs, warps=4, stages=stages, **limits)
+
+
+def _streaming(
+    N: int,
+    D: int,
+    block: tuple[int, int],
+    *,
+    M: int = 0,
+    archs: tuple[int, ...] = ALL,
+    warps: int = 4,
+    **limits: int,
+) -> LaunchRow:
+    """Forward for any N."""
+    blocks = dict(zip(("BLOCK_M", "BLOCK_N"), block, strict=True))
+    return _row((M or N, N, D), [(*block, 2)], blocks, archs=archs, warps=warps, stages=2, **limits)
+
+
+def _block(
+    N: int, D: int, block: int, *, archs: tuple[int, ...] = ALL, warps: int, **limits: int
+) -> LaunchRow:
+    """Backward in one block."""
+    trips = [(block, block, 5)]
+    return _row((N, N, D), trips, {"BLOCK": block}, archs=archs, warps=warps, stages=1, **limits)
+
+
+def _registers(N: int, D: int, block: int, *, archs: tuple[int, ...], **limits: int) -> LaunchRow:
+    """Backward with dK and dV of all keys in registers."""
+    trips = [(block, sum(key_blocks(_num_keys(N))), 5)]
+    blocks = {"BLOCK_M": block, "LICM": False}
+    return _row((N, N, D), trips, blocks, archs=archs, warps=8, stages=1, **limits)
+
+
+def _slabs(N: int, D: int, *, archs: tuple[int, ...], **limits: int) -> LaunchRow:
+    """Backward with dK and dV of 128 keys in registers."""
+    blocks = {"BLOCK_M": 64, "SLAB": 128, "LICM": False}
+    return _row((N, N, D), [(64, 128, 5)], blocks, archs=archs, warps=8, stages=1, **limits)
+
+
+def _two_phase(
+    N: int,
+    D: int,
+    keys: tuple[int, int],
+    queries: tuple[int, int],
+    *,
+    M: int = 0,
+    archs: tuple[int, ...] = ALL,
+    stages: int = 1,
+    **limits: int,
+) -> LaunchRow:
+    """Backward for any N: (queries, keys) of the programs for keys, and of those for queries."""
+    names = ("KEYS_M", "KEYS_N", "QUERIES_M", "QUERIES_N")
+    blocks = dict(zip(names, (*keys, *queries), strict=True))
+    trips = [(*keys, 4), (*queries, 3)]
+    return _row((M or N, N, D), trips, blocks, archs=archs, warps=4, stages=stages, **limits)
+
+
+# The first row that covers the sizes is taken. Those with a block of keys to stream take any N.
+FORWARD = (
+    _streaming(257, 128, (16, 64), M=1, warps=2, registers=255, fit=4),
+    _resident(50, 64, registers=138, fit=3),
+    _resident(50, 80, registers=128, fit=4),
+    _resident(65, 64, registers=255, fit=1),
+    _resident(65, 80, registers=255, fit=1),
+    _resident(197, 32, registers=255, fit=1),
+    _resident(197, 64, registers=255, fit=1),
+    _resident(197, 80, registers=255, fit=1),
+    _resident(257, 32, archs=(90,), registers=255, fit=1),
+    _resident(257, 64, archs=(90,), registers=255, fit=1),
+    _resident(257, 80, archs=(90,), registers=255, fit=1),
+    _streaming(257, 32, (64, 64), registers=255, fit=1),
+    _streaming(257, 80, (64, 64), registers=255, fit=1),
+    _streaming(257, 128, (64, 64), registers=255, fit=1),
+)
+BACKWARD = (
+    _two_phase(257, 128, (16, 64), (16, 64), M=1, registers=255, fit=1),
+    _block(50, 32, 64, warps=4, registers=255, fit=1),
+    _block(50, 64, 64, warps=4, registers=255, fit=1),
+    _block(50, 80, 64, warps=4, registers=255, fit=1),
+    _block(50, 128, 64, warps=4, registers=255, fit=1),
+    _block(65, 64, 128, warps=8, registers=255, fit=1),
+    _block(65, 80, 128, archs=(90,), warps=8, registers=255, fit=1),
+    _block(65, 128, 128, archs=(90,), warps=8, registers=255, fit=1),
+    _registers(197, 32, 32, archs=(80,), registers=255, fit=1),
+    _registers(257, 32, 32, archs=(80,), registers=255, fit=1),
+    _registers(197, 64, 32, archs=(80,), registers=255, fit=1),
+    _registers(197, 32, 64, archs=(90,), registers=255, fit=1, hmma=16),
+    _registers(257, 32, 64, archs=(90,), registers=255, fit=1, hmma=16),
+    _slabs(197, 64, archs=(90,), registers=255, fit=1),
+    _slabs(197, 80, archs=(90,), registers=255, fit=1),
+    _slabs(257, 64, archs=(90,), registers=255, fit=1),
+    _slabs(257, 80, archs=(90,), registers=255, fit=1),
+    _two_phase(257, 32, (32, 64), (64, 64), registers=255, fit=1),
+    _two_phase(257, 64, (32, 64), (64, 32), archs=(80,), registers=255, fit=1),
+    _two_phase(257, 80, (32, 64), (64, 32), archs=(80,), registers=255, fit=1),
+    _two_phase(257, 64, (32, 64), (64, 64), archs=(90,), stages=2, registers=255, fit=1),
+    _two_phase(257, 80, (32, 64), (64, 64), archs=(90,), registers=255, fit=1),
+    _two_phase(257, 128, (32, 64), (64, 32), registers=255, fit=1),
+)
+# Zeroes packed rows behind the last segment: so many programs share them.
+ZERO = LaunchRow(
+    label="any",
+    num_warps=4,
+    num_stages=1,
+    blocks={"BLOCK": 1024},
+    sizes={"programs": 256},
+    limits=Limits(registers=32, blocks_per_sm=16),
+)
+
+
+def launch_config(
+    table: tuple[LaunchRow, ...], q: Tensor, M: int, N: int, switches: dict[str, bool]
+) -> LaunchRow:
+    """The first row of a table that covers these sizes and modes."""
+    arch = table_arch(q.device)
+    # No row of sm_80 takes more shared memory than any device has.
+    rows = fitting(table, 80 if arch == 86 else arch)
+    return next(row for row in rows if _covers(row, M, N, q.shape[-1], switches["HAS_MASK"]))
+
+
+def _covers(row: LaunchRow, M: int, N: int, D: int, has_mask: bool) -> bool:
+    sizes, blocks = row.sizes, row.blocks
+    if sizes["D"] < D or (sizes["M"] == 1 and M > FEW_QUERIES):
+        return False
+    if "BLOCK" in blocks:
+        return max(M, N) <= blocks["BLOCK"]
+    # A mask's pointer is one register too many.
+    if "SLAB" in blocks and has_mask:
+        return False
+    streams = "BLOCK_N" in blocks or "KEYS_N" in blocks
+    return streams or _num_keys(sizes["N"]) >= N
+
+
+def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Unit, and strides of sample, row and head in that unit; packed rows have no sample."""
+    found = [(0, *x.stride()[:2]) if x.ndim == 3 else x.stride()[:3] for x in tensors]
+    flat = [stride for strides in found for stride in strides]
+    align = ALIGN if all(stride % ALIGN == 0 for stride in flat) else 1
+    return align, [stride // align for stride in flat]
+
+
+def _modes(
+    q: Tensor, k: Tensor, modes: Modes, bound_queries: bool
+) -> tuple[tuple[int, int, int], tuple[Any, ...], tuple[int, int], dict[str, bool]]:
+    """Sizes B, M, N; pointers; strides of the mask; switches. What is not there is not read."""
+    keep, seqlens, cu_seqlens, max_seqlen, key_mask = modes
+    sizes = (len(q), q.shape[1], k.shape[1])
+    if cu_seqlens is not None:
+        assert max_seqlen is not None
+        sizes = (len(cu_seqlens) - 1, max_seqlen, max_seqlen)
+    elif keep is not None:
+        sizes = (len(keep), keep.shape[1], keep.shape[1])
+    bounds = seqlens if cu_seqlens is None else cu_seqlens
+    pointers = (
+        q if bounds is None else bounds.contiguous(),
+        q if keep is None else keep.contiguous(),
+        q if key_mask is None else key_mask.view(torch.uint8),
+    )
+    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
+    switches = {
+        "IS_PACKED": cu_seqlens is not None,
+        "HAS_LENGTHS": seqlens is not None,
+        "IS_BOUND": bound_queries and bounds is not None,
+        "HAS_KEEP": keep is not None,
+        "HAS_MASK": key_mask is not None,
+    }
+    return sizes, pointers, mask_strides, switches
+
+
+def _empty_rows(x: Tensor, shape: tuple[int, ...], modes: Modes) -> Tensor:
+    """A result of which the kernels write the sample's rows, zeros in the others."""
+    keep, _, cu_seqlens, _, _ = modes
+    if keep is not None:
+        return x.new_zeros(shape)
+    rows = x.new_empty(shape)
+    if cu_seqlens is not None:
+        width = rows[0].numel() if len(rows) else 0
+        grid = (ZERO.sizes["programs"],)
+        zero_tail_kernel[grid](rows, cu_seqlens[-1:], len(rows), WIDTH=width, **ZERO.options)
+    return rows
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modes: Modes,
+    scale: float,
+    *,
+    bound_queries: bool,
+    save_lse: bool,
+    row: LaunchRow | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse, which is empty unless saved."""
+    (B, M, N), pointers, mask_strides, switches = _modes(q, k, modes, bound_queries)
+    *_, H, D = q.shape
+    o = _empty_rows(q, q.shape, modes)
+    lse = q.new_empty((B, H, M) if save_lse else (0,), dtype=torch.float32)
+    if B * M * H == 0:
+        return o, lse
+    row = row or launch_config(FORWARD, q, M, N, switches)
+    align, strides = _strides(q, k, v)
+    stride_ob = 0 if o.ndim == 3 else o.stride(0)
+    arguments = (q, k, v, o, lse, *pointers, scale, M, N, *strides, stride_ob, *mask_strides)
+    options = {"H": H, "D": D, "ALIGN": align, "SAVE_LSE": save_lse, **switches, **row.options}
+    if "BLOCK_N" in row.blocks:
+        grid = (B * H * triton.cdiv(M, row.blocks["BLOCK_M"]),)
+        fwd_streaming_kernel[grid](*arguments, **options)
+    else:
+        fwd_resident_kernel[(B * H,)](*arguments, NUM_KEYS=_num_keys(N), **options)
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    modes: Modes,
+    scale: float,
+    *,
+    bound_queries: bool,
+    is_packed: bool,
+    row: LaunchRow | None = None,
+) -> tuple[Tensor, ...]:
+    """The gradient of packed q, k, v, [.., 3, H, D]; or those of the three. Contiguous."""
+    (B, M, N), pointers, mask_strides, switches = _modes(q, k, modes, bound_queries)
+    *_, H, D = q.shape
+    if is_packed:
+        gradients = (_empty_rows(q, (*q.shape[:-2], 3, H, D), modes),)
+        dq, dk, dv = gradients[0].unbind(-3)
+    else:
+        dq, dk, dv = gradients = tuple(_empty_rows(x, x.shape, modes) for x in (q, k, v))
+    if B * M * H == 0 or N == 0:
+        # No program runs that would write what the other side has.
+        return tuple(x.zero_() for x in gradients)
+    if do.stride(-1) != 1:
+        do = do.contiguous()
+    row = row or launch_config(BACKWARD, q, M, N, switches)
+    align, strides = _strides(do, q, k, v)
+    batch_strides = [0 if x.ndim == 3 else x.stride(0) for x in (o, dq, dk)]
+    arguments = (do, q, k, v, o, lse, dq, dk, dv, *pointers, scale, M, N)
+    arguments += (*strides, *batch_strides, dq.stride(-3), *mask_strides)
+    options = {"H": H, "D": D, "ALIGN": align, **switches, **row.options}
+    num_heads = B * H
+    if "KEYS_N" in row.blocks:
+        num_blocks = triton.cdiv(N, row.blocks["KEYS_N"]) + triton.cdiv(M, row.blocks["QUERIES_M"])
+        bwd_two_phase_kernel[(num_heads * num_blocks,)](*arguments, **options)
+    elif "BLOCK" in row.blocks:
+        bwd_block_kernel[(num_heads,)](*arguments, **options)
+    elif "SLAB" in row.blocks:
+        programs = min(num_heads, num_multiprocessors(q.device) * row.limits.blocks_per_sm)
+        block = row.blocks["BLOCK_M"]
+        rows = triton.cdiv(M, block) * block
+        part = lse.new_empty(programs, rows, padded(D))
+        delta = lse.new_empty(programs, rows)
+        bwd_slabs_kernel[(programs,)](*arguments, part, delta, num_heads, **options)
+    else:
+        bwd_resident_kernel[(num_heads,)](*arguments, NUM_KEYS=_num_keys(N), **options)
+    return gradients
+
+
+def machine_code(arch: int) -> Iterator[Launch]:
+    """Every row as it is launched at its sizes, in its variants."""
+    for row in fitting(FORWARD, arch):
+        kernel = fwd_streaming_kernel if "BLOCK_N" in row.blocks else fwd_resident_kernel
+        for variant, modes in _variants(row):
+            call = partial(_forward_at, row, **modes)
+            yield Launch(kernel=kernel, row=row, call=call, variant=variant)
+    kernels = {
+        "KEYS_N": bwd_two_phase_kernel,
+        "BLOCK": bwd_block_kernel,
+        "SLAB": bwd_slabs_kernel,
+    }
+    for row in fitting(BACKWARD, arch):
+        names = [name for name in kernels if name in row.blocks]
+        kernel = kernels[names[0]] if names else bwd_resident_kernel
+        for variant, modes in _variants(row):
+            call = partial(_backward_at, row, **modes)
+            yield Launch(kernel=kernel, row=row, call=call, variant=variant)
+    call = partial(_packed_at, fitting(FORWARD, arch)[-1])
+    yield Launch(kernel=zero_tail_kernel, row=ZERO, call=call)
+
+
+def _variants(row: LaunchRow) -> Iterator[tuple[str, dict[str, bool]]]:
+    yield "dense", {}
+    yield "masked", {"seqlens": True, "key_mask": "SLAB" not in row.blocks}
+
+
+def _inputs_at(
+    row: LaunchRow, *, seqlens: bool = False, key_mask: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Modes]:
+    B, H, M, N, D = (row.sizes[letter] for letter in "BHMND")
+    qkv = torch.empty(B, N, 3, H, D, dtype=torch.bfloat16, device="meta")
+    lengths = torch.empty(B, dtype=torch.int32, device="meta") if seqlens else None
+    mask = torch.empty(B, N, dtype=torch.bool, device="meta") if key_mask else None
+    return qkv[:, :M, 0], qkv[:, :, 1], qkv[:, :, 2], (None, lengths, None, None, mask)
+
+
+def _forward_at(row: LaunchRow, **given: bool) -> None:
+    q, k, v, modes = _inputs_at(row, **given)
+    forward(q, k, v, modes, 0.1, bound_queries=q.shape == k.shape, save_lse=True, row=row)
+
+
+def _backward_at(row: LaunchRow, **given: bool) -> None:
+    q, k, v, modes = _inputs_at(row, **given)
+    is_square = q.shape == k.shape
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = o.new_empty(o.shape[0], o.shape[2], o.shape[1], dtype=torch.float32)
+    backward(o, q, k, v, o, lse, modes, 0.1, bound_queries=is_square, is_packed=is_square, row=row)
+
+
+def _packed_at(row: LaunchRow) -> None:
+    q, k, v, _ = _inputs_at(row)
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    modes = (None, None, bounds, q.shape[1], None)
+    forward(q[0], k[0], v[0], modes, 0.1, bound_queries=True, save_lse=True, row=row)
