@@ -71,6 +71,8 @@ WORDS = {
     ("queue_topk", "B"): "queries B",
     ("info_nce", "N"): "gathered predictions N",
     ("info_nce", "B"): "rows per view B",
+    ("mae_tokens", "N"): "kept patches N",
+    ("mae_tokens", "B"): "images B",
 }
 MAX_ACROSS = 4
 # Beside a bar, and on white where the floor's line would cross it.

@@ -5,6 +5,8 @@
 `queue_topk`           exact top-k nearest neighbours in a ring-buffer queue; `enqueue` updates it
 `info_nce`             the NNCLR InfoNCE loss without a logits matrix; `symmetric_info_nce`, CLIP's
                        and SimCLR's; `info_nce_stats`; `gather_neighbours`
+`mae_tokens`           of masked autoencoders: `gather_patches` before the embedding,
+                       `restore_tokens` before the decoder, the loss `masked_patch_mse`
 =====================  ============================================================================
 
 Each folder has a README with the maths, a `reference.py` that defines the op, an `op.py` that
@@ -18,6 +20,13 @@ from maect_fast.kernels.info_nce import (
     info_nce,
     info_nce_stats,
     symmetric_info_nce,
+)
+from maect_fast.kernels.mae_tokens import (
+    gather_patches,
+    masked_patch_mse,
+    patch_targets,
+    patch_view,
+    restore_tokens,
 )
 from maect_fast.kernels.masked_attention import attention, masked_attention
 from maect_fast.kernels.queue_topk import (
@@ -40,10 +49,15 @@ __all__ = [
     "attention",
     "enqueue",
     "gather_neighbours",
+    "gather_patches",
     "info_nce",
     "info_nce_stats",
     "masked_attention",
+    "masked_patch_mse",
+    "patch_targets",
+    "patch_view",
     "queue_topk",
+    "restore_tokens",
     "symmetric_info_nce",
     "with_shadow",
 ]

@@ -11,7 +11,14 @@ import torch
 from maect_fast import __version__
 from maect_fast.benchmarks.machine_code.ptxas import drops_work, ptxas_in_use
 from maect_fast.benchmarks.results import cpu_name
-from maect_fast.kernels import info_nce, masked_attention, queue_topk
+from maect_fast.kernels import (
+    gather_patches,
+    info_nce,
+    masked_attention,
+    masked_patch_mse,
+    queue_topk,
+    restore_tokens,
+)
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend
 
@@ -29,6 +36,27 @@ CALLS: dict[str, Callable[[torch.device, Backend], object]] = {
         torch.eye(4, 16, device=device),
         torch.eye(4, 16, device=device),
         temperature=0.2,
+        backend=backend,
+    ),
+    "gather_patches": lambda device, backend: gather_patches(
+        torch.ones(1, 3, 4, 4, device=device),
+        torch.arange(4, device=device)[None],
+        2,
+        backend=backend,
+    ),
+    "restore_tokens": lambda device, backend: restore_tokens(
+        torch.ones(1, 3, 16, device=device),
+        torch.ones(1, 1, 16, device=device),
+        torch.ones(1, 4, 16, device=device),
+        torch.arange(4, device=device)[None],
+        backend=backend,
+    ),
+    "masked_patch_mse": lambda device, backend: masked_patch_mse(
+        torch.ones(1, 4, 12, device=device),
+        torch.ones(1, 3, 4, 4, device=device),
+        torch.arange(4, device=device)[None],
+        2,
+        normalize=True,
         backend=backend,
     ),
 }

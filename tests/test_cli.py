@@ -188,7 +188,8 @@ def test_unknown_arguments_are_refused(arguments: list[str]) -> None:
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for op in ("masked_attention", "queue_topk", "info_nce"):
+    tokens = ("gather_patches", "restore_tokens", "masked_patch_mse")
+    for op in ("masked_attention", "queue_topk", "info_nce", *tokens):
         states = {line.split()[1]: line for line in lines if line.split()[:1] == [op]}
         assert states.keys() == {"triton", "cpp", "reference"}
         assert states["reference"].endswith("works")

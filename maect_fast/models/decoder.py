@@ -1,9 +1,8 @@
-"""The MAE decoder and its loss, on the removed patches only.
+"""The MAE decoder, which predicts the removed patches only.
 
 B images, C channels, p patch side, L patches, N kept patches, D width.
 
-Source: He et al. (arXiv 2111.06377); ml-jku/MAE-CT: models/vit/masked_decoder.py,
-    losses/mae_vit_loss.py.
+Source: He et al. (arXiv 2111.06377); ml-jku/MAE-CT: models/vit/masked_decoder.py.
 """
 
 from functools import partial
@@ -15,16 +14,10 @@ from torch import Tensor, nn
 
 from maect_fast.config import DecoderConfig
 from maect_fast.fuse import fuse
-from maect_fast.models.encoder import (
-    NORM_EPS,
-    Encoder,
-    Masking,
-    gather_patches,
-    init_weights,
-    sincos_pos_embed,
-)
+from maect_fast.kernels import restore_tokens
+from maect_fast.models.encoder import NORM_EPS, Encoder, Masking, init_weights, sincos_pos_embed
 
-__all__ = ["Decoder", "patch_targets", "reconstruction_loss"]
+__all__ = ["Decoder"]
 
 
 class Decoder(nn.Module):
@@ -72,53 +65,13 @@ class Decoder(nn.Module):
             [B, L - N, p * p * C] normalised pixels, channel last, in the order of
             `masking.ids_removed`.
         """
-        tokens = self.embed(tokens)
-        cls_token, kept = tokens[:, :1], tokens[:, 1:]
-        mask_tokens = self.mask_token.to(kept.dtype).expand(
-            len(kept), masking.ids_removed.shape[1], -1
+        tokens = restore_tokens(
+            self.embed(tokens), self.mask_token, self.pos_embed, masking.ids_restore
         )
-        patches = _gather_rows(torch.cat([kept, mask_tokens], dim=1), masking.ids_restore)
-        tokens = self.blocks(torch.cat([cls_token, patches + self.pos_embed], dim=1))
+        tokens = self.blocks(tokens)
         # The norm and the predictor work per token, so the kept ones can leave here.
         removed = _gather_rows(tokens[:, 1:], masking.ids_removed)
         return self.pred(self.norm(removed))  # type: ignore[no-any-return]
-
-
-def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error on the removed patches, 0-d, in at least fp32.
-
-    Equals `sum(mean((predicted - target) ** 2, -1) * mask) / sum(mask)` over all patches.
-
-    Args:
-        predicted: [B, M, p * p * C], gets the gradient.
-        target: the same shape, see `patch_targets`.
-    """
-    return (predicted.to(target.dtype) - target).square().mean()
-
-
-def patch_targets(
-    images: Tensor, ids: Tensor, patch_size: int, *, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the decoder is to predict, and how to get back to pixels: `target * std + mean`.
-
-    Args:
-        images: [B, C, H, W].
-        ids: [B, M] patches.
-        patch_size: p.
-        normalize: take every patch's own mean and deviation out.
-
-    Returns:
-        target [B, M, p * p * C] channel last; mean [B, M, 1]; std [B, M, 1], the root of the
-        unbiased variance + 1e-6. Without `normalize` mean and std are 0 and 1. All in at least
-        fp32.
-    """
-    patches = gather_patches(images, ids, patch_size).permute(0, 1, 3, 4, 2).flatten(2)
-    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-    var, mean = torch.var_mean(patches, dim=2, keepdim=True)
-    if not normalize:
-        return patches, torch.zeros_like(mean), torch.ones_like(var)
-    std = (var + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
 
 
 def _gather_rows(tokens: Tensor, ids: Tensor) -> Tensor:

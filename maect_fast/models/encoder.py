@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from maect_fast.config import EncoderConfig
 from maect_fast.fuse import FusedAttention, fuse
+from maect_fast.kernels import gather_patches, patch_view
 from maect_fast.kernels._common.philox import philox_uniform
 from maect_fast.profiling import profile_range
 
 __all__ = [
     "Encoder",
     "Masking",
-    "gather_patches",
     "init_weights",
     "masking_noise",
     "paste_patches",
@@ -160,9 +160,9 @@ class Encoder(nn.Module):
             tokens = self.patch_embed(images) + self.pos_embed
         else:
             # Gathering pixels instead of embeddings makes this GEMM L / N times smaller.
-            patches = gather_patches(images, ids_keep, self.patch_size)  # [B, N, C, p, p]
-            proj = self.patch_embed.proj
-            tokens = F.linear(patches.flatten(2), proj.weight.flatten(1), proj.bias)
+            proj, dtype = self.patch_embed.proj, _product_dtype(images)
+            patches = gather_patches(images, ids_keep, self.patch_size, dtype=dtype)
+            tokens = F.linear(patches, proj.weight.flatten(1), proj.bias)
             tokens = tokens + self.pos_embed[0, ids_keep]
         cls_token = self.cls_token.expand(len(tokens), -1, -1)
         return torch.cat([cls_token, tokens], dim=1)
@@ -177,6 +177,14 @@ class Encoder(nn.Module):
         """The modules that `freeze` turned off, lowest first."""
         modules = [self.patch_embed, *self.blocks, self.norm]
         return modules[: self.num_frozen + 1] if self.num_frozen else []
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of a matrix product's input: it leaves fp64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def pool(tokens: Tensor, pooling: Literal["class_token", "mean_patch"]) -> Tensor:
@@ -265,28 +273,14 @@ def masking_noise(
     return noise.flatten(2)[..., :num_patches].flatten(0, 1)
 
 
-def gather_patches(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
-    """Pixels of the chosen patches: images [B, C, H, W], ids [B, N] -> [B, N, C, p, p]."""
-    grid_width = images.shape[3] // patch_size
-    row = torch.arange(len(images), device=images.device)[:, None]
-    return _patch_view(images, patch_size)[row, ids // grid_width, ids % grid_width]
-
-
 def paste_patches(images: Tensor, ids: Tensor, pixels: Tensor, patch_size: int) -> Tensor:
     """Copy of images [B, C, H, W] with patches ids [B, N] replaced by pixels [B, N, p * p * C]."""
     images = images.clone()
     row = torch.arange(len(images), device=images.device)[:, None]
     pixels = pixels.view(*ids.shape, patch_size, patch_size, -1).permute(0, 1, 4, 2, 3)
-    patches, grid_width = _patch_view(images, patch_size), images.shape[3] // patch_size
+    patches, grid_width = patch_view(images, patch_size), images.shape[3] // patch_size
     patches[row, ids // grid_width, ids % grid_width] = pixels.to(images.dtype)
     return images
-
-
-def _patch_view(images: Tensor, patch_size: int) -> Tensor:
-    """View of images [B, C, H, W] as patches [B, h, w, C, p, p]."""
-    B, C, H, W = images.shape
-    patches = images.view(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
-    return patches.permute(0, 2, 4, 1, 3, 5)
 
 
 def sincos_pos_embed(dim: int, grid_size: int) -> Tensor:

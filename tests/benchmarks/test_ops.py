@@ -8,6 +8,7 @@ import torch
 
 from maect_fast.benchmarks.ops import OPS
 from maect_fast.benchmarks.ops import info_nce as loss_entry
+from maect_fast.benchmarks.ops import mae_tokens as tokens_entry
 from maect_fast.benchmarks.ops import masked_attention as attention_entry
 from maect_fast.benchmarks.ops import queue_topk as search_entry
 from maect_fast.benchmarks.registry import EAGER, OURS, Call, Op, Outputs
@@ -19,6 +20,7 @@ NEEDS_CUDA = {
     "masked_attention": {"SDPA efficient", "SDPA cuDNN", "xformers", "flash-attn"},
     "queue_topk": {"faiss-gpu"},
     "info_nce": {"Liger"},
+    "mae_tokens": set(),
 }
 CASES = [(name, mode) for name, op in OPS.items() for mode in op.modes]
 
@@ -82,6 +84,12 @@ def wrong_loss(x: loss_entry.Inputs, mode: str) -> Call:
     return loss_entry._by_rows(straight, mode, loss_entry._rows_loss)
 
 
+def wrong_tokens(x: tokens_entry.Inputs, mode: str) -> Call:
+    """The patches are not in their own order."""
+    turned = replace(x, ids_restore=x.ids_restore.flip(1))
+    return tokens_entry._differentiate(turned, mode, tokens_entry._plain)
+
+
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_wrong_provider_gets_no_time(name: str, mode: str) -> None:
     op = copy_of(OPS[name])
@@ -89,6 +97,7 @@ def test_a_wrong_provider_gets_no_time(name: str, mode: str) -> None:
         "masked_attention": wrong_attention,
         "queue_topk": wrong_search,
         "info_nce": wrong_loss,
+        "mae_tokens": wrong_tokens,
     }
     op.provider("wrong")(wrong[name])
     x = op.inputs(op.sizes["quick"][0], torch.float32, CPU)
@@ -144,6 +153,12 @@ def test_formulas() -> None:
     assert queue < OPS["queue_topk"].num_bytes(search, "topk", 2) < 1.02 * queue
     loss = {"B": 512, "N": 4096, "D": 256}
     assert OPS["info_nce"].num_flops(loss, "full") == 12 * 512 * 4096 * 256  # 6.4 GFLOP
+    tokens = {"B": 512, "H": 224, "N": 49, "D": 512, "K": 16}
+    restored, patches = 4 * 197 * 512 + 2 * 50 * 512, 2 * 768
+    fwd = 512 * (restored + 3 * patches * (49 + 147))
+    assert OPS["mae_tokens"].num_bytes(tokens, "fwd", 2) == fwd  # 0.70 GB
+    bwd = 512 * (restored + 4 * patches * 147)
+    assert OPS["mae_tokens"].num_bytes(tokens, "bwd", 2) == bwd  # 0.70 GB
 
 
 def test_both_divisions_of_the_loss_agree_on_one_rank() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maect_fast.config import EncoderConfig
+from maect_fast.kernels import gather_patches
 from maect_fast.models.encoder import (
     Encoder,
-    gather_patches,
     masking_noise,
     paste_patches,
     pool,
@@ -199,6 +199,22 @@ def test_kept_patches_equal_convolution_then_gather() -> None:
     assert encoder(images, ids_keep).shape == (3, 6, 32)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_kept_patches_are_cast_as_autocast_casts_them(enabled: bool) -> None:
+    """Gathered in the product's dtype, they are the same bits."""
+    encoder, images = tiny(), torch.randn(2, 3, 8, 8)
+    ids_keep = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    proj = encoder.patch_embed.proj
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+        pixels = gather_patches(images, ids_keep, 2)
+        embedded = F.linear(pixels, proj.weight.flatten(1), proj.bias)
+        assert embedded.dtype == (torch.bfloat16 if enabled else torch.float32)
+        expected = embedded + encoder.pos_embed[0, ids_keep]
+        assert torch.equal(encoder.embed(images, ids_keep)[:, 1:], expected)
+        double = encoder.double().embed(images.double(), ids_keep)
+    torch.testing.assert_close(double[:, 1:], expected.double(), rtol=2e-2, atol=2e-2)
+
+
 def test_order_of_kept_patches_does_not_matter_to_the_class_token() -> None:
     encoder = tiny().double()
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -209,7 +225,7 @@ def test_order_of_kept_patches_does_not_matter_to_the_class_token() -> None:
 def test_patches_are_found_and_pasted_row_by_row() -> None:
     images = torch.arange(2 * 1 * 4 * 6).view(2, 1, 4, 6).float()
     ids = torch.tensor([[5, 0], [1, 4]])
-    patches = gather_patches(images, ids, 2)
+    patches = gather_patches(images, ids, 2).view(2, 2, 1, 2, 2)
     assert patches[0, 0, 0].tolist() == [[16, 17], [22, 23]]
     assert patches[1, 0, 0].tolist() == [[26, 27], [32, 33]]
     pasted = paste_patches(images, ids, torch.zeros(2, 2, 4), 2)
