@@ -1,14 +1,19 @@
+import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from allocation import Allocated
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from maect_fast.kernels import attention, masked_attention
+from maect_fast.kernels._common import gpu
 from maect_fast.kernels.masked_attention import op, padded, reference
 from maect_fast.testing import assert_within_budget, random_qkv
 
@@ -168,12 +173,20 @@ def test_lse_by_hand() -> None:
     torch.testing.assert_close(op.masked_attention(qkv, *modes, True, "auto")[1], expected)
 
 
+def sizes_and_modes() -> Iterator[Any]:
+    """Interpreted kernels take long sequences in two modes, in the others slowly."""
+    for N in (1, 50, 65, 197, 257):
+        for mode in MODES:
+            yield "auto", N, mode
+            takes_long = N > 65 and mode not in ("dense", "seqlens+key_mask")
+            marks = [needs_triton, *([pytest.mark.slow] if takes_long else [])]
+            yield pytest.param("triton", N, mode, marks=marks)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("N", [1, 50, 65, 197, 257])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "N", "mode"), list(sizes_and_modes()))
 def test_matches_reference(
-    backend: str, mode: str, N: int, dtype: torch.dtype, device: torch.device
+    backend: str, N: int, mode: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     skip_unless_interpreted(backend, dtype, device)
     qkv = make_qkv(mode, 3, N, dtype=dtype, device=device)
@@ -731,6 +744,211 @@ def test_the_reference_checks_values(
         arguments = arguments | {"cu_seqlens": bounds}
     with pytest.raises(ValueError, match=message):
         masked_attention(random_qkv(*rows, heads=1, dim=8), backend="reference", **arguments)
+
+
+# The Triton kernels
+
+
+def launch_rows() -> Iterator[Any]:
+    """Every launch row of both directions, in two modes; in the others slowly."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    kernel = importlib.import_module("maect_fast.kernels.masked_attention.triton_kernel")
+    for name in ("FORWARD", "BACKWARD"):
+        for row in getattr(kernel, name):
+            for mode in MODES:
+                slow = [] if mode in ("dense", "seqlens+key_mask") else [pytest.mark.slow]
+                if row.sizes["D"] == 80 or not slow:
+                    archs = "".join(map(str, row.archs))
+                    label = f"{name}-{row.label}-{row.blocks}-{archs}-{mode}"
+                    yield pytest.param(name, row, mode, marks=slow, id=label.replace(" ", ""))
+
+
+@needs_triton
+@pytest.mark.parametrize(("table", "row", "mode"), list(launch_rows()))
+def test_every_launch_row(
+    table: str, row: Any, mode: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Two slabs, three blocks, a last one that is not full; features that fill no block."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    kernel = importlib.import_module("maect_fast.kernels.masked_attention.triton_kernel")
+    choose = kernel.launch_config
+
+    def launch_config(rows: Any, *sizes: Any, **modes: Any) -> Any:
+        return row if rows is getattr(kernel, table) else choose(rows, *sizes, **modes)
+
+    monkeypatch.setattr(kernel, "launch_config", launch_config)
+    N = min(row.blocks.get("BLOCK", 150), row.sizes["N"]) - 3
+    D = 24 if row.sizes["D"] == 32 else 40
+    qkv = make_qkv(mode, 2, N, heads=1, dim=D, dtype=dtype, device=device)
+    arguments = make_mode(mode, 2, N, device)
+    assert_matches_reference(masked_attention, (qkv,), "triton", **arguments)
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("first", range(1, 301, 30))
+def test_every_number_of_tokens(first: int, dtype: torch.dtype) -> None:
+    for N in range(first, first + 30):
+        for mode in ("dense", MODES[1 + N % (len(MODES) - 1)]):
+            qkv = make_qkv(mode, 2, N, heads=1, dtype=dtype)
+            arguments = make_mode(mode, 2, N) | {"scale": SCALE}
+            assert_matches_reference(masked_attention, (qkv,), "triton", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "D", "scale", "takes"),
+    [
+        (90, torch.bfloat16, 80, 0.1, True),
+        (80, torch.float16, 8, 0.1, True),
+        (120, torch.bfloat16, 128, 0.1, True),
+        (75, torch.float16, 64, 0.1, False),
+        (90, torch.float32, 64, 0.1, False),
+        (90, torch.float64, 64, 0.1, False),
+        (90, torch.bfloat16, 136, 0.1, False),
+        (90, torch.bfloat16, 20, 0.1, False),
+        (90, torch.bfloat16, 64, 0.0, False),
+        (90, torch.bfloat16, 64, -0.1, False),
+    ],
+)
+@needs_triton
+def test_auto_on_cuda_is_triton_for_halves(
+    arch: int,
+    dtype: torch.dtype,
+    D: int,
+    scale: float,
+    takes: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "sm_arch", lambda device: arch)
+    with FakeTensorMode():
+        qkv = torch.empty(2, 5, 3, 2, D, device="cuda", dtype=dtype)
+        name = op._implementation("auto", scale, *qkv.unbind(2)).__name__
+    assert name.endswith("triton_kernel" if takes else "padded")
+
+
+@needs_triton
+def test_what_the_triton_kernels_do_not_take() -> None:
+    qkv = make_qkv("dense", 2, 4)
+    with pytest.raises(RuntimeError, match=r"'triton' takes a scale above 0, got -1\.0"):
+        masked_attention(qkv, scale=-1.0, backend="triton")
+    with pytest.raises(RuntimeError, match="'triton' takes D a multiple of 8 up to 128, got 12"):
+        masked_attention(qkv[..., :12], backend="triton")
+    with pytest.raises(RuntimeError, match=r"'triton' takes float32, .* got float64"):
+        masked_attention(qkv.double(), backend="triton")
+    far = torch.empty(1, device="meta").as_strided((1, 3, 1, 8), (0, 2**30, 8, 1))
+    assert "span fewer than 2147483648" in str(op.triton_obstacle(1.0, far))
+
+
+@needs_triton
+def test_triton_launches_on_the_inputs_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may not be the current one: forward, backward."""
+    devices: list[torch.device] = []
+
+    def current(x: Tensor) -> Any:
+        devices.append(x.device)
+        return nullcontext()
+
+    monkeypatch.setattr(gpu, "current", current)
+    qkv = make_qkv("dense", 2, 4)
+    run(masked_attention, (qkv,), backend="triton")
+    run(attention, qkv.unbind(2), backend="triton")
+    assert devices == [qkv.device] * 4
+
+
+class Launches:
+    """Stands for kernels, remembers which were launched and with how many programs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[str, int]] = []
+        self.kernel = importlib.import_module("maect_fast.kernels.masked_attention.triton_kernel")
+        for name in vars(self.kernel).copy():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(self.kernel, name, _Recorder(name, self.made))
+
+
+class _Recorder:
+    def __init__(self, name: str, made: list[tuple[str, int]]) -> None:
+        self.name, self.made = name, made
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *_, **__: self.made.append((self.name, grid[0]))
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("N", "D"),
+    [
+        (257, 80),
+        (197, 80),
+        (197, 64),
+        (65, 80),
+        (50, 80),
+        (50, 64),
+        (257, 32),
+        (197, 32),
+        (400, 128),
+    ],
+)
+def test_one_launch_and_little_memory_in_each_direction(
+    N: int, D: int, arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On meta tensors, of which the host can read nothing; 512 samples of 16 heads."""
+    launches = Launches(monkeypatch)
+    monkeypatch.setattr(gpu, "sm_arch", lambda device: arch)
+    qkv = torch.empty(512, N, 3, 16, D, dtype=torch.bfloat16, device="meta")
+    q, k, v = qkv.unbind(2)
+    modes = (None,) * 5
+    with Allocated() as forward:  # type: ignore[no-untyped-call]
+        o, lse = launches.kernel.forward(q, k, v, modes, 0.1, bound_queries=True, save_lse=True)
+    with Allocated() as backward:  # type: ignore[no-untyped-call]
+        (dqkv,) = launches.kernel.backward(
+            o, q, k, v, o, lse, modes, 0.1, bound_queries=True, is_packed=True
+        )
+    assert [name[:3] for name, _ in launches.made] == ["fwd", "bwd"]
+    assert forward.num_bytes == 2 * o.numel() + 4 * lse.numel()
+    assert 0 <= backward.num_bytes - 2 * dqkv.numel() <= 25e6
+
+
+@needs_triton
+def test_frozen_rows_of_one_query_launch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch)
+    qkv = torch.empty(512, 257, 3, 16, 80, dtype=torch.bfloat16, device="meta")
+    q, k, v = qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2]
+    with Allocated() as allocated:  # type: ignore[no-untyped-call]
+        o, _ = launches.kernel.forward(
+            q, k, v, (None,) * 5, 0.1, bound_queries=False, save_lse=False
+        )
+    # One block of queries a head, not the blocks of 257.
+    assert launches.made == [("fwd_streaming_kernel", 512 * 16)]
+    assert allocated.num_bytes == 2 * o.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_takes_other_segments() -> None:
+    device = torch.device("cuda")
+    qkv = make_qkv("cu_seqlens", 4, 65, device=device, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, 65, 100, 100, 260], dtype=torch.int32, device=device)
+    arguments: dict[str, Any] = {"cu_seqlens": bounds.clone(), "max_seqlen": 160}
+    run(masked_attention, (qkv,), **arguments)
+    graph = torch.cuda.CUDAGraph()
+    do = torch.randn(qkv.select(-3, 0).shape, device=device, dtype=qkv.dtype)
+    leaf = qkv.clone().requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            o = masked_attention(leaf, **arguments)
+            (gradient,) = torch.autograd.grad(o, leaf, do)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    arguments["cu_seqlens"].copy_(torch.tensor([0, 3, 90, 200, 200], dtype=torch.int32))
+    graph.replay()
+    expected = masked_attention(leaf, **arguments)
+    assert torch.equal(o, expected)
+    assert torch.equal(gradient, torch.autograd.grad(expected, leaf, do)[0])
 
 
 # Registration
