@@ -21,13 +21,14 @@ from maect_fast.kernels import (
 )
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend
+from maect_fast.kernels._common.launch import tables_in_use, triton_minor
 
 __all__ = ["report"]
 
 # A call of each op, small enough to try every backend.
 CALLS: dict[str, Callable[[torch.device, Backend], object]] = {
     "masked_attention": lambda device, backend: masked_attention(
-        torch.ones(1, 4, 3, 2, 16, device=device), backend=backend
+        torch.ones(1, 4, 3, 2, 16, device=device, dtype=torch.bfloat16), backend=backend
     ),
     "queue_topk": lambda device, backend: queue_topk(
         torch.eye(4, 16, device=device), torch.eye(16, device=device), k=2, backend=backend
@@ -70,6 +71,7 @@ def report() -> Iterator[str]:
         yield f"  {name:<12} {_version(name)}"
     yield f"  {'torchvision':<12} {_torchvision()}"
     yield f"  {'ptxas':<12} {_ptxas()}"
+    yield f"  {'launch rows':<12} {_launch_tables()}"
     yield "devices"
     threads = torch.get_num_threads()
     yield f"  {'cpu':<12} {cpu_name()}, {os.cpu_count()} cores, torch uses {threads} threads"
@@ -119,6 +121,16 @@ def _torchvision() -> str:
         reason = str(error).splitlines()[0]
         return f"does not load beside this torch ({reason}): install both from one source"
     return "loads beside this torch"
+
+
+def _launch_tables() -> str:
+    """What the Triton kernels' launches were chosen for."""
+    try:
+        release = triton_minor()
+    except ImportError:
+        return "none: Triton is missing"
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return f"of {tables_in_use(release, 10 * major + minor)}"
 
 
 def _ptxas() -> str:

@@ -25,7 +25,13 @@ from maect_fast.benchmarks.machine_code.compile import Compiled, blocks_per_sm
 from maect_fast.benchmarks.machine_code.gate import failures
 from maect_fast.benchmarks.machine_code.ptxas import drops_work, ptxas_in_use
 from maect_fast.benchmarks.machine_code.report import loop_mix
-from maect_fast.kernels._common.launch import LaunchRow, Limits, fitting, triton_minor
+from maect_fast.kernels._common.launch import (
+    LaunchRow,
+    Limits,
+    fitting,
+    tables_in_use,
+    triton_minor,
+)
 
 CONTROLS = "maect_fast.benchmarks.machine_code.controls"
 
@@ -238,6 +244,21 @@ def test_the_compiler_may_leave_out_padding() -> None:
     assert failures(limits, 80, found) == []
     less = replace(sass(*["HMMA.16816.F32.BF16 R4, R8, R12, R4"] * 6), ptx=Counter({mma: 8}))
     assert any("products of 16x8x16" in line for line in failures(limits, 80, less))
+
+
+@pytest.mark.parametrize(
+    ("release", "arch", "words"),
+    [
+        ((3, 6), 90, "Triton 3.6, sm_90"),
+        ((3, 9), 80, "Triton 3.6 (nearest to 3.9), sm_80"),
+        ((3, 6), 100, "Triton 3.6, sm_90 (nearest to sm_100)"),
+        ((3, 6), 120, "Triton 3.6, sm_86 (nearest to sm_120)"),
+    ],
+)
+def test_an_unlisted_release_or_device_takes_the_nearest_tables(
+    release: tuple[int, int], arch: int, words: str
+) -> None:
+    assert tables_in_use(release, arch) == words
 
 
 def test_the_launch_table_is_read_for_architecture_and_triton_release() -> None:

@@ -7,7 +7,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-__all__ = ["current", "num_multiprocessors", "obstacle", "sm_arch", "table_arch"]
+__all__ = [
+    "current",
+    "nearest_table",
+    "num_multiprocessors",
+    "obstacle",
+    "sm_arch",
+    "table_arch",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tensor cores with bf16 and asynchronous copies begin here.
@@ -60,12 +67,16 @@ def sm_arch(device: torch.device) -> int:
 
 
 def table_arch(device: torch.device) -> int:
-    """The architecture whose launch tables the device takes.
+    """The architecture whose launch tables the device takes."""
+    return nearest_table(sm_arch(device))
 
-    They are for sm_80 and sm_90, and under 86 for all whose blocks have 99 KiB of shared memory
+
+def nearest_table(arch: int) -> int:
+    """The same of a compute capability.
+
+    Tables are for sm_80 and sm_90, and under 86 for all whose blocks have 99 KiB of shared memory
     at most, as GeForce and workstation cards.
     """
-    arch = sm_arch(device)
     if 90 <= arch < 120:
         return 90
     return 80 if arch in (80, 87) else 86

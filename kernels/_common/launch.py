@@ -35,7 +35,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Launch", "LaunchRow", "Limits", "fitting", "triton_minor"]
+from maect_fast.kernels._common.gpu import nearest_table
+
+__all__ = [
+    "TABLES_FOR",
+    "Launch",
+    "LaunchRow",
+    "Limits",
+    "fitting",
+    "tables_in_use",
+    "triton_minor",
+]
+
+# The release that the launch tables were made with; others take them, too.
+TABLES_FOR = (3, 6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +135,14 @@ def triton_minor() -> tuple[int, int]:
 
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def tables_in_use(release: tuple[int, int], arch: int) -> str:
+    """Which launch tables a Triton release and a compute capability get, in words."""
+    triton, found = (".".join(map(str, x)) for x in (TABLES_FOR, release))
+    nearest = nearest_table(arch)
+    words = f"Triton {triton}" + (f" (nearest to {found})" if triton != found else "")
+    return f"{words}, sm_{nearest}" + (f" (nearest to sm_{arch})" if nearest != arch else "")
 
 
 def fitting(table: Iterable[LaunchRow], arch: int) -> list[LaunchRow]:

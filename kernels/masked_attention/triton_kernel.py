@@ -30,6 +30,7 @@ ALIGN = 8
 ALL = (80, 90)
 # Queries that a row for one query takes: a block's.
 FEW_QUERIES = 16
+TRITON_39 = (3, 9)
 # Up to so many features a slab of keys may be masked.
 MASKED_SLAB_DIM = 64
 
@@ -52,6 +53,8 @@ def _row(
     hmma: int = 0,
     maxnreg: int | None = None,
     repeats: float = 1.0,
+    triton_from: tuple[int, int] = (3, 6),
+    triton_below: tuple[int, int] | None = None,
 ) -> LaunchRow:
     """A launch for M queries, up to N keys, rounded up to 16, and up to D features.
 
@@ -69,6 +72,8 @@ def _row(
     return LaunchRow(
         label=f"{M} x {N} x {D}",
         archs=archs,
+        triton_from=triton_from,
+        triton_below=triton_below,
         num_warps=warps,
         num_stages=stages,
         maxnreg=maxnreg,
@@ -92,7 +97,7 @@ def _resident(
     archs: tuple[int, ...] = ALL,
     stages: int = 1,
     licm: bool = False,
-    **limits: int,
+    **limits: Any,
 ) -> LaunchRow:
     """Forward, a row of scores at once."""
     blocks = {"BLOCK_M": 64, "LICM": licm}
@@ -108,7 +113,7 @@ def _streaming(
     M: int = 0,
     archs: tuple[int, ...] = ALL,
     warps: int = 4,
-    **limits: int,
+    **limits: Any,
 ) -> LaunchRow:
     """Forward for any N."""
     blocks = dict(zip(("BLOCK_M", "BLOCK_N"), block, strict=True))
@@ -116,14 +121,14 @@ def _streaming(
 
 
 def _block(
-    N: int, D: int, block: int, *, archs: tuple[int, ...] = ALL, warps: int, **limits: int
+    N: int, D: int, block: int, *, archs: tuple[int, ...] = ALL, warps: int, **limits: Any
 ) -> LaunchRow:
     """Backward in one block."""
     trips = [(block, block, 5)]
     return _row((N, N, D), trips, {"BLOCK": block}, archs=archs, warps=warps, stages=1, **limits)
 
 
-def _slabs(N: int, D: int, *, archs: tuple[int, ...], **limits: int) -> LaunchRow:
+def _slabs(N: int, D: int, *, archs: tuple[int, ...], **limits: Any) -> LaunchRow:
     """Backward with dK and dV of 128 keys in registers."""
     blocks = {"BLOCK_M": 64, "SLAB": 128}
     return _row((N, N, D), [(64, 128, 5)], blocks, archs=archs, warps=8, stages=1, **limits)
@@ -149,26 +154,51 @@ def _two_phase(
 
 # The first row that covers the sizes is taken. Those that stream blocks of keys take any N.
 FORWARD = (
-    _streaming(257, 128, (16, 64), M=1, warps=2, registers=255, fit=4, hmma=64),
-    _resident(50, 64, registers=142, fit=3),
-    _resident(50, 80, registers=140, fit=3),
-    _resident(65, 64, registers=128, fit=4),
-    _resident(65, 80, stages=2, registers=168, fit=3),
-    _resident(197, 32, registers=255, fit=2),
-    _resident(197, 64, registers=255, fit=2),
-    _resident(197, 80, registers=255, fit=2),
-    _resident(257, 32, archs=(90,), registers=255, fit=2),
-    _resident(257, 64, archs=(90,), registers=255, fit=2),
-    _resident(257, 80, archs=(90,), registers=255, fit=2),
+    # Left alone, ptxas spills to fit one block more, here and below.
+    _streaming(257, 128, (16, 32), M=1, warps=2, registers=192, fit=4, hmma=32, maxnreg=192),
+    *(
+        _resident(N, D, archs=(90,), stages=stages, registers=registers, fit=fit)
+        for N, D, stages, registers, fit in (
+            (50, 64, 1, 96, 5),
+            (50, 80, 1, 128, 4),
+            (65, 64, 1, 96, 5),
+            (65, 80, 2, 128, 4),
+            (197, 32, 1, 255, 2),
+            (197, 64, 1, 255, 2),
+            (197, 80, 1, 255, 2),
+            (257, 32, 1, 255, 2),
+            (257, 64, 1, 255, 2),
+            (257, 80, 1, 255, 2),
+        )
+    ),
+    *(
+        _resident(
+            N, D, archs=(80,), stages=stages, triton_below=TRITON_39, registers=registers, fit=fit
+        )
+        for N, D, stages, registers, fit in (
+            (50, 64, 1, 142, 3),
+            (50, 80, 1, 140, 3),
+            (65, 64, 1, 128, 4),
+            (65, 80, 2, 150, 3),
+            (197, 32, 1, 255, 2),
+            (197, 64, 1, 255, 2),
+            (197, 80, 1, 255, 2),
+        )
+    ),
+    # From 3.9 on keys and values would stay in registers without LICM, which has its own price.
+    *(
+        _resident(N, D, archs=(80,), licm=True, triton_from=TRITON_39, registers=255, fit=2)
+        for N, D in ((50, 64), (50, 80), (65, 64), (65, 80), (197, 32))
+    ),
     _streaming(257, 32, (64, 64), registers=128, fit=4),
     _streaming(257, 80, (64, 64), registers=192, fit=2),
     _streaming(257, 128, (64, 32), registers=230, fit=2),
 )
 BACKWARD = (
-    _block(50, 32, 64, warps=4, registers=116, fit=4),
+    _block(50, 32, 64, warps=4, registers=128, fit=4),
     _block(50, 64, 64, warps=4, registers=148, fit=3),
-    _block(50, 80, 64, warps=4, registers=192, fit=2),
-    _block(50, 128, 64, warps=4, registers=235, fit=2),
+    _block(50, 80, 64, warps=4, registers=255, fit=2),
+    _block(50, 128, 64, warps=4, registers=255, fit=2),
     _two_phase(
         257,
         128,
@@ -178,12 +208,11 @@ BACKWARD = (
         registers=192,
         fit=2,
         hmma=72,
-        # Left alone, ptxas spills 8 bytes to fit a third block.
         maxnreg=192,
         repeats=9 / 7,
     ),
     _block(65, 64, 128, warps=8, registers=255, fit=1),
-    _block(65, 80, 128, archs=(90,), warps=8, registers=192, fit=1),
+    _block(65, 80, 128, archs=(90,), warps=8, registers=208, fit=1),
     _block(65, 128, 128, archs=(90,), warps=8, registers=255, fit=1),
     _slabs(257, 32, archs=(90,), registers=230, fit=1),
     _slabs(257, 64, archs=(90,), registers=255, fit=1),
@@ -194,14 +223,15 @@ BACKWARD = (
     _two_phase(257, 128, (32, 32), (64, 32), archs=(80,), registers=230, fit=2),
     _two_phase(257, 128, (32, 64), (64, 32), archs=(90,), registers=255, fit=2),
 )
-# Zeroes packed rows behind the last segment: so many programs share them.
+# Zeroes packed rows behind the last segment, which so many programs share.
+ZERO_PROGRAMS = 256
 ZERO = LaunchRow(
     label="any",
     num_warps=4,
     num_stages=1,
     blocks={"BLOCK": 1024},
-    sizes={"programs": 256},
-    limits=Limits(registers=32, blocks_per_sm=16),
+    sizes={"B": 512, "H": 16, "M": 257, "N": 257, "D": 80},
+    limits=Limits(registers=16, blocks_per_sm=16),
 )
 
 
@@ -272,8 +302,8 @@ def _empty_rows(x: Tensor, shape: tuple[int, ...], modes: Modes) -> Tensor:
     rows = x.new_empty(shape)
     if cu_seqlens is not None:
         width = rows[0].numel() if len(rows) else 0
-        grid = (ZERO.sizes["programs"],)
-        zero_tail_kernel[grid](rows, cu_seqlens[-1:], len(rows), WIDTH=width, **ZERO.options)
+        arguments = (rows, cu_seqlens[-1:], len(rows))
+        zero_tail_kernel[(ZERO_PROGRAMS,)](*arguments, WIDTH=width, **ZERO.options)
     return rows
 
 
