@@ -750,15 +750,17 @@ def test_the_reference_checks_values(
 
 
 def launch_rows() -> Iterator[Any]:
-    """Every launch row of both directions, in two modes; in the others slowly."""
+    """Every launch row of both directions, dense and masked; those of D 80 in all modes."""
     if importlib.util.find_spec("triton") is None:
         return
     kernel = importlib.import_module("maect_fast.kernels.masked_attention.triton_kernel")
     for name in ("FORWARD", "BACKWARD"):
         for row in getattr(kernel, name):
             for mode in MODES:
-                slow = [] if mode in ("dense", "seqlens+key_mask") else [pytest.mark.slow]
-                if row.sizes["D"] == 80 or not slow:
+                is_masked = mode == "seqlens+key_mask"
+                is_fast = mode == "dense" or (is_masked and row.sizes["D"] == 80)
+                slow = [] if is_fast else [pytest.mark.slow]
+                if row.sizes["D"] == 80 or is_fast or is_masked:
                     archs = "".join(map(str, row.archs))
                     label = f"{name}-{row.label}-{row.blocks}-{archs}-{mode}"
                     yield pytest.param(name, row, mode, marks=slow, id=label.replace(" ", ""))
@@ -954,9 +956,16 @@ def test_a_captured_graph_takes_other_segments() -> None:
 # Registration
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", KERNELS)
+def layouts_to_check() -> Iterator[Any]:
+    for mode in MODES:
+        for layout in ("contiguous", "permuted"):
+            yield "auto", mode, layout
+            is_fast = layout == "permuted" and mode in ("dense", "keep+key_mask", "cu_seqlens")
+            marks = [needs_triton, *([] if is_fast else [pytest.mark.slow])]
+            yield pytest.param("triton", mode, layout, marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "mode", "layout"), list(layouts_to_check()))
 def test_opcheck(backend: str, mode: str, layout: str, device: torch.device) -> None:
     skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv(mode, 3, 5, device=device)
