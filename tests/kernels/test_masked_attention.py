@@ -37,7 +37,7 @@ def make_mode(mode: str, B: int, N: int, device: torch.device | str = "cpu") -> 
     made: dict[str, Any] = {}
     if "seqlens" in mode.split("+"):
         # Beyond both ends, so that the clamp is seen.
-        lengths = [N + 3, -2, *torch.randint(1, max(2, N), (B,), generator=generator).tolist()]
+        lengths = [N + 3, -300, *torch.randint(1, max(2, N), (B,), generator=generator).tolist()]
         made["seqlens"] = torch.tensor(lengths[:B], device=device)
     if "keep" in mode:
         orders = [torch.randperm(N, generator=generator) for _ in range(B)]
@@ -126,15 +126,47 @@ def use_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(padded, "_sdpa_backward", padded._math_backward)
 
 
-@pytest.fixture(params=["sdpa", "math", "reference", TRITON])
+def triton_kernel() -> Any:
+    return importlib.import_module("maect_fast.kernels.masked_attention.triton_kernel")
+
+
+def use_rows(monkeypatch: pytest.MonkeyPatch, **rows: Any) -> None:
+    """Launch by these rows of the tables, whatever the sizes."""
+    kernel = triton_kernel()
+    choose = kernel.launch_config
+
+    def launch_config(table: Any, *sizes: Any, **modes: Any) -> Any:
+        forced = [row for name, row in rows.items() if table is getattr(kernel, name)]
+        return forced[0] if forced else choose(table, *sizes, **modes)
+
+    monkeypatch.setattr(kernel, "launch_config", launch_config)
+
+
+def use_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let short sequences take a form of long ones."""
+    kernel = triton_kernel()
+    streams = next(row for row in kernel.FORWARD if row.blocks.get("BLOCK_N") == 64)
+    name = {"two-phase": "KEYS_N", "slabs": "SLAB"}[form]
+    long = next(row for row in kernel.BACKWARD if name in row.blocks and row.sizes["M"] > 1)
+    use_rows(monkeypatch, FORWARD=streams, BACKWARD=long)
+
+
+FORMS = [pytest.param(form, marks=needs_triton) for form in ("two-phase", "slabs")]
+
+
+@pytest.fixture(params=["sdpa", "math", "reference", TRITON, *FORMS])
 def implementation(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> str:
     """The backend of the CPU's kernels, of plain products (forced), the definition, Triton."""
-    skip_unless_interpreted(request.param, torch.float32, device)
-    if request.param == "math":
-        use_products(monkeypatch)
-    return request.param if request.param in ("reference", "triton") else "auto"
+    if request.param in ("sdpa", "math", "reference"):
+        if request.param == "math":
+            use_products(monkeypatch)
+        return "reference" if request.param == "reference" else "auto"
+    skip_unless_interpreted("triton", torch.float32, device)
+    if request.param != "triton":
+        use_form(request.param, monkeypatch)
+    return "triton"
 
 
 # Numbers
@@ -753,7 +785,7 @@ def launch_rows() -> Iterator[Any]:
     """Every launch row of both directions, dense and masked; those of D 80 in all modes."""
     if importlib.util.find_spec("triton") is None:
         return
-    kernel = importlib.import_module("maect_fast.kernels.masked_attention.triton_kernel")
+    kernel = triton_kernel()
     for name in ("FORWARD", "BACKWARD"):
         for row in getattr(kernel, name):
             for mode in MODES:
@@ -773,18 +805,28 @@ def test_every_launch_row(
 ) -> None:
     """Two slabs, three blocks, a last one that is not full; features that fill no block."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    kernel = importlib.import_module("maect_fast.kernels.masked_attention.triton_kernel")
-    choose = kernel.launch_config
-
-    def launch_config(rows: Any, *sizes: Any, **modes: Any) -> Any:
-        return row if rows is getattr(kernel, table) else choose(rows, *sizes, **modes)
-
-    monkeypatch.setattr(kernel, "launch_config", launch_config)
+    use_rows(monkeypatch, **{table: row})
     N = min(row.blocks.get("BLOCK", 150), row.sizes["N"]) - 3
     D = 24 if row.sizes["D"] == 32 else 40
     qkv = make_qkv(mode, 2, N, heads=1, dim=D, dtype=dtype, device=device)
     arguments = make_mode(mode, 2, N, device)
     assert_matches_reference(masked_attention, (qkv,), "triton", **arguments)
+
+
+@pytest.mark.parametrize("mode", ["dense", "key_mask"])
+def test_scores_far_below_zero(mode: str, implementation: str, device: torch.device) -> None:
+    """Where exp(-lse) overflows, which the zeros of absent keys must not meet."""
+    qkv = make_qkv(mode, 2, 9, device=device, dtype=torch.float32)
+    qkv[:, :, 0], qkv[:, :, 1] = 10 + qkv[:, :, 0], -10 - qkv[:, :, 1]
+    arguments = make_mode(mode, 2, 9, device) | {"scale": SCALE}
+    largest = reference.masked_attention(qkv, *modes_of(arguments))[1][0].abs().max()
+    assert largest > 200
+    found = run(masked_attention, (qkv,), backend=implementation, **arguments)
+    exact = run(masked_attention, (qkv.double(),), backend="reference", **arguments)
+    for one, truth in zip(found, exact, strict=True):
+        # Exponents s - lse are as wrong as scores are large.
+        band = 4 * torch.finfo(torch.float32).eps * largest * truth.abs().max()
+        assert (one.double() - truth).abs().max() <= band
 
 
 @pytest.mark.slow
@@ -864,7 +906,7 @@ class Launches:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[str, int]] = []
-        self.kernel = importlib.import_module("maect_fast.kernels.masked_attention.triton_kernel")
+        self.kernel = triton_kernel()
         for name in vars(self.kernel).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(self.kernel, name, _Recorder(name, self.made))
