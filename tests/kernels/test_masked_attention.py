@@ -401,9 +401,14 @@ def test_fully_masked_rows(mode: str, implementation: str, device: torch.device)
     # The second sample has no keys, so its queries do not matter either.
     qkv[1] = NAN
     arguments = make_mode(mode, 3, 6, device)
-    o, d = run(masked_attention, (qkv,), backend=implementation, **arguments)
+    leaf = qkv.clone().requires_grad_()
+    o = masked_attention(leaf, backend=implementation, **arguments)  # type: ignore[arg-type]
+    do = torch.randn(o.shape, device=device)
+    do[1] = NAN
+    (d,) = torch.autograd.grad(o, leaf, do)
     assert not o[1].any()
     assert not d[1].any()
+    assert d[0].any()
     assert o[0].any()
     if implementation == "reference":
         lse = reference.masked_attention(qkv, *modes_of(arguments))[1]
@@ -546,6 +551,16 @@ def test_the_gradient_is_one_contiguous_buffer(
     assert not qkv.is_contiguous()
     assert dqkv.is_contiguous()
     assert dqkv.shape == qkv.shape
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_an_upstream_gradient_that_is_one_number(backend: str, device: torch.device) -> None:
+    """As that of a sum, which has no strides."""
+    skip_unless_interpreted(backend, torch.float32, device)
+    leaf = make_qkv("dense", 2, 9, device=device).requires_grad_()
+    o = masked_attention(leaf, backend=backend)  # type: ignore[arg-type]
+    (expected,) = torch.autograd.grad(o, leaf, torch.ones_like(o), retain_graph=True)
+    assert torch.equal(torch.autograd.grad(o.sum(), leaf)[0], expected)
 
 
 # Every argument is honoured
