@@ -850,7 +850,10 @@ def test_scores_far_below_zero(mode: str, implementation: str, device: torch.dev
 @pytest.mark.parametrize("first", range(1, 301, 30))
 def test_every_number_of_tokens(first: int, dtype: torch.dtype) -> None:
     for N in range(first, first + 30):
-        for mode in ("dense", MODES[1 + N % (len(MODES) - 1)]):
+        qkv = make_qkv("dense", 1, N, heads=1, dtype=dtype)
+        assert_matches_reference(masked_attention, (qkv,), "triton")
+        if dtype == torch.float32:
+            mode = MODES[1 + N % (len(MODES) - 1)]
             qkv = make_qkv(mode, 2, N, heads=1, dtype=dtype)
             arguments = make_mode(mode, 2, N) | {"scale": SCALE}
             assert_matches_reference(masked_attention, (qkv,), "triton", **arguments)
