@@ -819,6 +819,8 @@ def test_every_launch_row(
     table: str, row: Any, mode: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Two slabs, three blocks, a last one that is not full; features that fill no block."""
+    if device.type == "cuda" and gpu.table_arch(device) not in row.archs:
+        pytest.skip("a row for another architecture")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     use_rows(monkeypatch, **{table: row})
     N = min(row.blocks.get("BLOCK", 150), row.sizes["N"]) - 3
