@@ -88,7 +88,7 @@ def loss_and_grad(function: Any, predicted: Tensor, *args: Any, **kwargs: Any) -
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("temperature", [0.02, 0.15, 1.0])
+@pytest.mark.parametrize("temperature", [0.02, 0.15, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "agreement"),
@@ -1105,9 +1105,11 @@ def check_symmetric(
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, pytest.param(0.5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "D"), [(1, 16), (33, 48), (70, 64)])
+@pytest.mark.parametrize(
+    ("n", "D"), [(1, 16), (33, 48), pytest.param(70, 64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("same_view", [False, True])
 def test_symmetric_loss_against_the_libraries_definitions(
     same_view: bool,
