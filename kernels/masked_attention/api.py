@@ -39,7 +39,7 @@ def masked_attention(
         max_seqlen: with `cu_seqlens`, an int; what a longer segment gives is undefined.
         key_mask: [B, N] bool, True = takes part as a key (as a query it does anyway).
         scale: factor of the scores, ``D ** -0.5`` by default.
-        backend: "auto": Triton for halves on CUDA, else PyTorch's kernels; "reference".
+        backend: "auto": Triton for halves on CUDA, else PyTorch's kernels; "triton"; "reference".
 
     Returns:
         [B, N, H, D] or, packed, [T, H, D]; contiguous, dtype of `qkv`.

@@ -49,8 +49,8 @@ def triton_obstacle(scale: float, *inputs: Tensor) -> str | None:
 def _implementation(backend: str, scale: float, *inputs: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` run; "auto" takes Triton for halves on CUDA."""
     if backend == "auto":
-        is_cuda = all(x.is_cuda and x.itemsize == 2 for x in inputs)
-        backend = "triton" if is_cuda and triton_obstacle(scale, *inputs) is None else "padded"
+        is_half = all(x.is_cuda and x.itemsize == 2 for x in inputs)
+        backend = "triton" if is_half and triton_obstacle(scale, *inputs) is None else "padded"
     if backend == "padded":
         return padded
     from maect_fast.kernels.masked_attention import triton_kernel
@@ -170,9 +170,9 @@ def _empty_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and layouts of a forward op's outputs."""
     H = q.shape[-2]
-    lse_shape: tuple[int, ...] = (0,)
+    lse_shape: tuple[int, ...]
     if not save_lse:
-        pass
+        lse_shape = (0,)
     elif cu_seqlens is not None:
         assert max_seqlen is not None
         lse_shape = (cu_seqlens.shape[0] - 1, H, max_seqlen)

@@ -13,7 +13,7 @@ from maect_fast.kernels.masked_attention.triton_rows import (
     dot,
     dot_t,
     find_sample,
-    finite_max,
+    finite,
     head_of,
     key_rows,
     load_lse,
@@ -222,7 +222,7 @@ def bwd_block_kernel(
     q = load_rows(q_ptr, rows_m, stride_qm * ALIGN, mask, D, False)
     k = load_rows(k_ptr, rows_n, stride_kn * ALIGN, takes_part, D, False)
     s = tl.where(takes_part[None, :], dot_t(q, k), float("-inf"))
-    p = tl.exp2((s - finite_max(s)[:, None]) * (scale * LOG2E))
+    p = tl.exp2((s - finite(tl.max(s, axis=1))[:, None]) * (scale * LOG2E))
     row_sum = tl.sum(p, axis=1)
     # Queries outside count for nothing, nor do those without keys: their weights are zeros.
     counts = mask & (row_sum != 0)

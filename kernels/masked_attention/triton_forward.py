@@ -8,6 +8,7 @@ from maect_fast.kernels.masked_attention.triton_rows import (
     dot,
     dot_t,
     find_sample,
+    finite,
     get,
     head_of,
     key_blocks,
@@ -20,12 +21,6 @@ from maect_fast.kernels.masked_attention.triton_rows import (
 )
 
 __all__ = ["fwd_resident_kernel", "fwd_streaming_kernel"]
-
-
-@triton.jit
-def _finite(x):
-    """A row's maximum; 0 for rows without keys, whose scores are all -inf."""
-    return tl.where(x == float("-inf"), 0.0, x)
 
 
 @triton.jit
@@ -165,7 +160,7 @@ def fwd_resident_kernel(
                 s = tl.where(takes_part[None, :], s, float("-inf"))
             row_max = tl.maximum(row_max, tl.max(s, axis=1))
             scores = scores + (s,)
-        row_max = _finite(row_max) * (scale * LOG2E)
+        row_max = finite(row_max) * (scale * LOG2E)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = zeros(BLOCK_M, D)
         for t in tl.static_range(len(BLOCKS)):
@@ -277,7 +272,7 @@ def fwd_streaming_kernel(
         v = load_rows(v_ptr, rows_n, stride_vn * ALIGN, takes_part, D, False)
         s = tl.where(takes_part[None, :], dot_t(q, k), float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, axis=1))
-        shift = _finite(new_max) * (scale * LOG2E)
+        shift = finite(new_max) * (scale * LOG2E)
         # For rows without keys so far exp2(-inf) = 0.
         fade = tl.exp2(row_max * (scale * LOG2E) - shift)
         p = tl.exp2(s * (scale * LOG2E) - shift[:, None])
@@ -287,7 +282,7 @@ def fwd_streaming_kernel(
             faded = faded + (acc[i] * fade[:, None],)
         acc = dot(p, v, faded)
         row_max = new_max
-    row_max = _finite(row_max) * (scale * LOG2E)
+    row_max = finite(row_max) * (scale * LOG2E)
     _finish(
         acc, row_max, row_sum, o_ptr, lse_ptr, offs_m, rows, mask, M, H, D, HAS_LENGTHS, SAVE_LSE
     )

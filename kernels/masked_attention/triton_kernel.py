@@ -18,7 +18,11 @@ from maect_fast.kernels.masked_attention.triton_forward import (
     fwd_resident_kernel,
     fwd_streaming_kernel,
 )
-from maect_fast.kernels.masked_attention.triton_rows import key_blocks, padded, zero_tail_kernel
+from maect_fast.kernels.masked_attention.triton_rows import (
+    key_blocks,
+    padded_dim,
+    zero_tail_kernel,
+)
 from maect_fast.kernels.masked_attention.triton_slabs import bwd_slabs_kernel
 
 __all__ = ["backward", "forward", "machine_code"]
@@ -68,7 +72,7 @@ def _row(
         # 257 rows over five tiles of 64 are 51.4 each.
         useful = (M / triton.cdiv(M, block_m), N / triton.cdiv(N, block_n), D)
         products += (useful,) * count
-        padded_work += block_m * block_n * padded(D) * count
+        padded_work += block_m * block_n * padded_dim(D) * count
     return LaunchRow(
         label=f"{M} x {N} x {D}",
         archs=archs,
@@ -379,7 +383,7 @@ def backward(
         programs = min(num_heads, num_multiprocessors(q.device) * row.limits.blocks_per_sm)
         block = row.blocks["BLOCK_M"]
         rows = triton.cdiv(M, block) * block
-        part = lse.new_empty(programs, rows, padded(D))
+        part = lse.new_empty(programs, rows, padded_dim(D))
         delta = lse.new_empty(programs, rows)
         bwd_slabs_kernel[(programs,)](*arguments, part, delta, num_heads, **options)
     else:

@@ -13,14 +13,14 @@ __all__ = [
     "dot_t",
     "feature_blocks",
     "find_sample",
-    "finite_max",
+    "finite",
     "get",
     "head_of",
     "key_blocks",
     "key_rows",
     "load_lse",
     "load_rows",
-    "padded",
+    "padded_dim",
     "query_rows",
     "row_sums",
     "start_of",
@@ -37,14 +37,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.constexpr_function
 def feature_blocks(D):
     """Block sizes that D features fill: the largest power of two, and what the rest needs."""
-    padded = 16 * triton.cdiv(D, 16)
-    first = 1 << (padded.bit_length() - 1)
-    rest = padded - first
+    width = 16 * triton.cdiv(D, 16)
+    first = 1 << (width.bit_length() - 1)
+    rest = width - first
     return (first, triton.next_power_of_2(rest)) if rest else (first,)
 
 
 @triton.constexpr_function
-def padded(D):
+def padded_dim(D):
     """Width of D features in blocks."""
     return sum(feature_blocks(D))
 
@@ -188,10 +188,9 @@ def dot(p, x, acc):
 
 
 @triton.jit
-def finite_max(s):
+def finite(row_max):
     """Maxima of rows of scores; 0 for rows without keys, whose scores are all -inf."""
-    largest = tl.max(s, axis=1)
-    return tl.where(largest == float("-inf"), 0.0, largest)
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
 @triton.jit

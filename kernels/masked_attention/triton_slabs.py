@@ -16,7 +16,7 @@ from maect_fast.kernels.masked_attention.triton_rows import (
     key_rows,
     load_lse,
     load_rows,
-    padded,
+    padded_dim,
     query_rows,
     row_sums,
     store_counted,
@@ -83,7 +83,7 @@ def bwd_slabs_kernel(
     cache, and delta beside it. With one slab nothing waits.
     """
     num_rows = tl.cdiv(M, BLOCK_M) * BLOCK_M
-    WIDTH: tl.constexpr = padded(D)
+    WIDTH: tl.constexpr = padded_dim(D)
     part_ptr += tl.program_id(0).to(tl.int64) * num_rows * WIDTH
     delta_ptr += tl.program_id(0).to(tl.int64) * num_rows
     for head in tl.range(tl.program_id(0), num_heads, tl.num_programs(0)):
