@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "current",
+    "is_gpu",
     "nearest_table",
     "num_multiprocessors",
     "obstacle",
@@ -38,6 +39,11 @@ def obstacle(*tensors: Tensor) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs Triton: pip install triton"
     return None
+
+
+def is_gpu(tensor: Tensor) -> bool:
+    """Whether "auto" takes the Triton kernels for a tensor, if they can."""
+    return tensor.is_cuda
 
 
 def current(tensor: Tensor) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common.gpu import num_multiprocessors, table_arch
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.masked_attention.triton_backward import (
     bwd_block_kernel,
     bwd_two_phase_kernel,
@@ -307,7 +308,7 @@ def _empty_rows(x: Tensor, shape: tuple[int, ...], modes: Modes) -> Tensor:
     if cu_seqlens is not None:
         width = rows[0].numel() if len(rows) else 0
         arguments = (rows, cu_seqlens[-1:], len(rows))
-        zero_tail_kernel[(ZERO_PROGRAMS,)](*arguments, WIDTH=width, **ZERO.options)
+        launch(zero_tail_kernel, (ZERO_PROGRAMS,), *arguments, WIDTH=width, **ZERO.options)
     return rows
 
 
@@ -336,9 +337,9 @@ def forward(
     options = {"H": H, "D": D, "ALIGN": align, "SAVE_LSE": save_lse, **switches, **row.options}
     if "BLOCK_N" in row.blocks:
         grid = (B * H * triton.cdiv(M, row.blocks["BLOCK_M"]),)
-        fwd_streaming_kernel[grid](*arguments, **options)
+        launch(fwd_streaming_kernel, grid, *arguments, **options)
     else:
-        fwd_resident_kernel[(B * H,)](*arguments, NUM_KEYS=_num_keys(N), **options)
+        launch(fwd_resident_kernel, (B * H,), *arguments, NUM_KEYS=_num_keys(N), **options)
     return o, lse
 
 
@@ -378,17 +379,17 @@ def backward(
     options = {"H": H, "D": D, "ALIGN": align, **switches, **row.options}
     num_heads = B * H
     if "BLOCK" in row.blocks:
-        bwd_block_kernel[(num_heads,)](*arguments, **options)
+        launch(bwd_block_kernel, (num_heads,), *arguments, **options)
     elif "SLAB" in row.blocks:
         programs = min(num_heads, num_multiprocessors(q.device) * row.limits.blocks_per_sm)
         block = row.blocks["BLOCK_M"]
         rows = triton.cdiv(M, block) * block
         part = lse.new_empty(programs, rows, padded_dim(D))
         delta = lse.new_empty(programs, rows)
-        bwd_slabs_kernel[(programs,)](*arguments, part, delta, num_heads, **options)
+        launch(bwd_slabs_kernel, (programs,), *arguments, part, delta, num_heads, **options)
     else:
         num_blocks = triton.cdiv(N, row.blocks["KEYS_N"]) + triton.cdiv(M, row.blocks["QUERIES_M"])
-        bwd_two_phase_kernel[(num_heads * num_blocks,)](*arguments, **options)
+        launch(bwd_two_phase_kernel, (num_heads * num_blocks,), *arguments, **options)
     return gradients
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maect_fast.kernels._common import cpp, gpu
+from maect_fast.kernels._common.library import operator
+from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.queue_topk import reference
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "triton_obstacle",
 ]
 
+SEARCH, ENQUEUE = Plans(scalars=("seed", "step", "view", "row_number")), Plans()
 # Of the Triton kernels; what is larger is for the reference. Sums of so many products of int8, with
 # a number in front, are 32-bit integers.
 MAX_K, MAX_D = 200, 8192
@@ -40,12 +44,29 @@ def triton_obstacle(query: Tensor, queue: Tensor, k: int) -> str | None:
 
 def _choose(query: Tensor, queue: Tensor, k: int) -> str:
     """The backend behind "auto": by device, and the reference where no kernel can."""
-    if query.is_cuda:
+    if gpu.is_gpu(query):
         return "reference" if triton_obstacle(query, queue, k) else "triton"
     return "reference" if cpp.obstacle(query, queue) else "cpp"
 
 
-@torch.library.custom_op("maect_fast::queue_topk", mutates_args=())
+def _queue_topk_fake(
+    query: Tensor,
+    queue: Tensor,
+    k: int,
+    query_id: Tensor | None,
+    queue_id: Tensor | None,
+    query_label: Tensor | None,
+    queue_label: Tensor | None,
+    rank: Tensor | None,
+    draw: Sequence[Tensor],
+    shadow: Sequence[Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    has_pick = rank is not None or len(draw) > 0
+    return _allocate(query, queue, k, has_pick=has_pick, has_label=query_label is not None)
+
+
+@operator("queue_topk", fake=_queue_topk_fake)
 def queue_topk(
     query: Tensor,
     queue: Tensor,
@@ -82,24 +103,6 @@ def queue_topk(
     return result.values, result.indices, index, neighbour, hit
 
 
-@queue_topk.register_fake
-def _(
-    query: Tensor,
-    queue: Tensor,
-    k: int,
-    query_id: Tensor | None,
-    queue_id: Tensor | None,
-    query_label: Tensor | None,
-    queue_label: Tensor | None,
-    rank: Tensor | None,
-    draw: Sequence[Tensor],
-    shadow: Sequence[Tensor],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    has_pick = rank is not None or len(draw) > 0
-    return _allocate(query, queue, k, has_pick=has_pick, has_label=query_label is not None)
-
-
 def search_triton(
     query: Tensor,
     queue: Tensor,
@@ -113,11 +116,35 @@ def search_triton(
     shadow: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op by the Triton kernels."""
-    from maect_fast.kernels.queue_topk import triton_kernel
-
     if rank is not None:
         reference.check_ranks(rank, k)
         rank = rank.to(query.device)
+    # Numbers on the CPU are passed by value, those on the device by address: nothing waits.
+    scalars = tuple(int(x) if x.device.type == "cpu" and x.ndim == 0 else x for x in draw)
+    labels = (query_id, queue_id, query_label, queue_label)
+    planned = ((query, queue, *labels, rank, *shadow), (k,), scalars or (None,) * 4)
+    found = SEARCH.replay(*planned)
+    if found is None:
+        launcher = partial(_launch_search, query, queue, k, *labels, rank, scalars, shadow)
+        found = SEARCH.record(launcher, *planned)
+    values, indices, index, neighbour, hit = found
+    return values, indices, index, neighbour, hit
+
+
+def _launch_search(
+    query: Tensor,
+    queue: Tensor,
+    k: int,
+    query_id: Tensor | None,
+    queue_id: Tensor | None,
+    query_label: Tensor | None,
+    queue_label: Tensor | None,
+    rank: Tensor | None,
+    draw: Sequence[Tensor | int],
+    shadow: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from maect_fast.kernels.queue_topk import triton_kernel
+
     if query.stride(-1) != 1:
         query = query.contiguous()
     has_pick = rank is not None or len(draw) > 0
@@ -219,8 +246,13 @@ def draw_ranks(pick: reference.Pick, shape: torch.Size, k: int, device: torch.de
     return ranks
 
 
-@torch.library.custom_op(
-    "maect_fast::queue_enqueue",
+def _enqueue_fake(*_: Any) -> None:
+    return None
+
+
+@operator(
+    "queue_enqueue",
+    fake=_enqueue_fake,
     mutates_args=("queue", "queue_y", "queue_id", "queue_ptr", "shadow", "bound"),
 )
 def enqueue(
@@ -236,27 +268,29 @@ def enqueue(
 ) -> None:
     """Normalise rows [B, D] and write them, their ids and labels at the pointer; advance it."""
     buffers = (queue, queue_y, queue_id, queue_ptr)
-    if shadow is None and (not queue.is_cuda or gpu.obstacle(queue, rows) is not None):
+    if shadow is None and (not gpu.is_gpu(queue) or gpu.obstacle(queue, rows) is not None):
         reference.enqueue(*buffers, rows, sample_id, label)
         return
-    from maect_fast.kernels.queue_topk import triton_queue
+    planned = ((*buffers, shadow, bound, rows, sample_id, label), ())
+    if ENQUEUE.replay(*planned) is None:
+        launcher = partial(_launch_enqueue, buffers, shadow, bound, rows, sample_id, label)
+        ENQUEUE.record(launcher, *planned)
+    # Autograd is to know, as it does of PyTorch's own writes.
+    written = (*buffers, shadow, bound)
+    torch.autograd.graph.increment_version([x for x in written if x is not None])
 
-    # Rows of any dtype: the kernel widens or narrows them to fp32.
-    small = (None if x is None else x.contiguous() for x in (sample_id, label))
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    triton_queue.enqueue(*buffers, shadow, bound, rows, *small)
 
-
-@enqueue.register_fake
-def _(
-    queue: Tensor,
-    queue_y: Tensor,
-    queue_id: Tensor,
-    queue_ptr: Tensor,
+def _launch_enqueue(
+    buffers: tuple[Tensor, Tensor, Tensor, Tensor],
     shadow: Tensor | None,
     bound: Tensor | None,
     rows: Tensor,
-    sample_id: Tensor | None,
-    label: Tensor | None,
-) -> None:
-    return None
+    *small: Tensor | None,
+) -> tuple[()]:
+    from maect_fast.kernels.queue_topk import triton_queue
+
+    # Rows of any dtype: the kernel widens or narrows them to fp32.
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    sample_id, label = (None if x is None else x.contiguous() for x in small)
+    triton_queue.enqueue(*buffers, shadow, bound, rows, sample_id, label)
+    return ()

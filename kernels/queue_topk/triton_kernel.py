@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from maect_fast.kernels._common import gpu
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.queue_topk import triton_queue, triton_score
 from maect_fast.kernels.queue_topk.triton_queue import (
     NUM_BOUNDS,
@@ -75,7 +75,7 @@ def search(
     query_label: Tensor | None,
     queue_label: Tensor | None,
     rank: Tensor | None,
-    draw: Sequence[Tensor],
+    draw: Sequence[Tensor | int],
     out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     *,
     select: LaunchRow | None = None,
@@ -92,7 +92,7 @@ def search(
         query_label: [n]; with `queue_label`.
         queue_label: [Q].
         rank: [.., n], or None.
-        draw: seed, step, view and row of a Pick, 0-d, the row perhaps [n]; or empty.
+        draw: seed, step, view and row of a Pick, ints or 0-d, the row perhaps [n]; or empty.
         out: values, indices, picked_index, picked_neighbour, label_hit.
         select: row of the launch table; None takes that of `k`.
     """
@@ -105,8 +105,8 @@ def search(
     picked, hit = out[2].view(-1), out[4].view(-1)
     neighbour = out[3].view(-1, D)
     ranks = None if rank is None else rank.view(-1)
-    seed, step, view, row = draw or (None, None, None, None)
-    numbers = None if row is None or row.ndim == 0 else row
+    seed, step, view, row = draw or (0, 0, 0, 0)
+    numbers = row if isinstance(row, Tensor) and row.ndim > 0 else None
 
     tiles = SHADOW_BYTES // (padded_dim(D) * torch.float16.itemsize) // TILE.value
     part = Q if shadow else min(Q, max(1, tiles) * TILE.value)
@@ -120,90 +120,86 @@ def search(
     seconds = torch.empty_like(firsts, dtype=torch.int16)
     candidate = rows.new_empty((block, NUM_CANDIDATES), dtype=torch.int32)
     verdict = rows.new_empty((block, 2), dtype=torch.float32)
-    with gpu.current(query):
-        for i, offset in enumerate(range(0, Q, part)):
-            end = min(offset + part, Q)
-            copy, bound = shadow or make_shadow(queue[offset:end], torch.float16)
-            for start in range(0, len(rows), block):
-                here = slice(start, min(start + block, len(rows)))
-                x = rows[here]
-                # The last part may have fewer groups.
-                shape = len(x), num_groups(end - offset, span)
-                first, second = (y[: math.prod(shape)].view(shape) for y in (firsts, seconds))
-                score(x, copy, bound, first, second, num_slots=end - offset, span=span)
-                before = lists[(i + 1) % 2, here] if i > 0 else None
-                _select_kernel[(len(x),)](
-                    x,
-                    queue,
-                    query_id,
-                    queue_id,
-                    bound,
-                    first,
-                    second,
-                    before,
-                    lists[i % 2, here],
-                    candidate,
-                    verdict,
-                    start,
-                    n,
-                    k,
-                    offset,
-                    end,
-                    shape[1],
-                    x.stride(0),
-                    queue.stride(0),
-                    D=D,
-                    SPAN=span,
-                    IS_INT8=copy.dtype == torch.int8,
-                    L=L,
-                    C=NUM_CANDIDATES,
-                    BLOCK_G=triton.next_power_of_2(shape[1]),
-                    **select.options,
-                )
-                _finish_kernel[(len(x),)](
-                    x,
-                    queue,
-                    query_id,
-                    queue_id,
-                    query_label,
-                    queue_label,
-                    first,
-                    before,
-                    lists[i % 2, here],
-                    verdict,
-                    None if ranks is None else ranks[here],
-                    numbers,
-                    values[here],
-                    indices[here],
-                    picked[here],
-                    neighbour[here],
-                    hit[here],
-                    _argument(seed),
-                    _argument(step),
-                    _argument(view),
-                    _argument(None if numbers is not None else row),
-                    start,
-                    n,
-                    k,
-                    offset,
-                    end,
-                    shape[1],
-                    x.stride(0),
-                    queue.stride(0),
-                    D=D,
-                    SPAN=span,
-                    IS_LAST=end == Q,
-                    HAS_PICK=rank is not None or len(draw) > 0,
-                    L=L,
-                    **FINISH.options,
-                )
-
-
-def _argument(x: Tensor | None) -> Tensor | int:
-    """A 0-d tensor as kernels take it: on the CPU its value, without waiting; else its address."""
-    if x is None:
-        return 0
-    return int(x) if x.device.type == "cpu" else x
+    for i, offset in enumerate(range(0, Q, part)):
+        end = min(offset + part, Q)
+        copy, bound = shadow or make_shadow(queue[offset:end], torch.float16)
+        for start in range(0, len(rows), block):
+            here = slice(start, min(start + block, len(rows)))
+            x = rows[here]
+            # The last part may have fewer groups.
+            shape = len(x), num_groups(end - offset, span)
+            first, second = (y[: math.prod(shape)].view(shape) for y in (firsts, seconds))
+            score(x, copy, bound, first, second, num_slots=end - offset, span=span)
+            before = lists[(i + 1) % 2, here] if i > 0 else None
+            launch(
+                _select_kernel,
+                (len(x),),
+                x,
+                queue,
+                query_id,
+                queue_id,
+                bound,
+                first,
+                second,
+                before,
+                lists[i % 2, here],
+                candidate,
+                verdict,
+                start,
+                n,
+                k,
+                offset,
+                end,
+                shape[1],
+                x.stride(0),
+                queue.stride(0),
+                D=D,
+                SPAN=span,
+                IS_INT8=copy.dtype == torch.int8,
+                L=L,
+                C=NUM_CANDIDATES,
+                BLOCK_G=triton.next_power_of_2(shape[1]),
+                **select.options,
+            )
+            launch(
+                _finish_kernel,
+                (len(x),),
+                x,
+                queue,
+                query_id,
+                queue_id,
+                query_label,
+                queue_label,
+                first,
+                before,
+                lists[i % 2, here],
+                verdict,
+                None if ranks is None else ranks[here],
+                numbers,
+                values[here],
+                indices[here],
+                picked[here],
+                neighbour[here],
+                hit[here],
+                seed,
+                step,
+                view,
+                0 if numbers is not None else row,
+                start,
+                n,
+                k,
+                offset,
+                end,
+                shape[1],
+                x.stride(0),
+                queue.stride(0),
+                D=D,
+                SPAN=span,
+                IS_LAST=end == Q,
+                HAS_PICK=rank is not None or len(draw) > 0,
+                L=L,
+                **FINISH.options,
+            )
 
 
 def machine_code(arch: int) -> Iterator[Launch]:
@@ -217,7 +213,7 @@ def machine_code(arch: int) -> Iterator[Launch]:
         n = B // 2
         out = (meta(2, n, K), ids(2, n, K), ids(2, n), meta(2, n, D), meta(2, n, dtype=torch.bool))
         labels = (ids(n), ids(Q), ids(n), ids(Q))
-        draw = [torch.tensor(3), ids(()), torch.tensor(0), torch.tensor(n)]
+        draw: list[Tensor | int] = [3, ids(()), 0, n]
         query, queue = meta(2, n, D, dtype=torch.bfloat16), meta(Q, D)
         for dtype in (torch.float16, torch.int8):
             shadow = meta(Q, padded_dim(D), dtype=dtype), meta(Q // TILE.value, NUM_BOUNDS.value)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common.gpu import num_multiprocessors, table_arch
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.queue_topk.triton_queue import (
     EPS,
     NUM_BOUNDS,
@@ -302,7 +303,9 @@ def score(
     grid_b = triton.cdiv(B, row.blocks["BLOCK_B"])
     blocks = num_multiprocessors(query.device) * row.limits.blocks_per_sm
     grid_q = max(1, min(blocks // grid_b, triton.cdiv(num_slots, span)))
-    _score_kernel[grid_b, grid_q](
+    launch(
+        _score_kernel,
+        (grid_b, grid_q),
         query,
         shadow,
         bound,

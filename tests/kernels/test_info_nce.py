@@ -966,9 +966,9 @@ def test_opcheck(transposed: bool, backend: Any, device: torch.device) -> None:
     torch.library.opcheck(op.finish, (row_max, row_sum, positive, backend))
     row_loss, _, weight, rows = op.finish(row_max, row_sum, positive, backend)
     weight, by = weight[:, :4].contiguous(), (None, rows) if transposed else (rows, None)
-    leaves = predicted.clone().requires_grad_(), temperature.clone().requires_grad_()
-    constants = (row_loss, gathered, weight, *by, 4, 1, backend)
-    torch.library.opcheck(op.mean_loss, (*leaves, *constants))
+    square = (predicted, gathered[:, :4], temperature, 0, transposed, False, backend)
+    torch.library.opcheck(op.row_losses, square)
+    assert op.row_losses(*square)[0].shape == (2, 4)
     inputs_of_gradient = (predicted, gathered, temperature, weight, *by, 4, backend)
     torch.library.opcheck(op.gradient, (row_loss[0, 0].clone(), *inputs_of_gradient))
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maect_fast.kernels import attention, masked_attention
 from maect_fast.kernels._common import gpu
+from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.masked_attention import op, padded, reference
 from maect_fast.testing import assert_within_budget, random_qkv
 
@@ -140,6 +141,8 @@ def use_rows(monkeypatch: pytest.MonkeyPatch, **rows: Any) -> None:
         return forced[0] if forced else choose(table, *sizes, **modes)
 
     monkeypatch.setattr(kernel, "launch_config", launch_config)
+    for plans in ("PACKED_FORWARD", "PACKED_BACKWARD", "FORWARD", "BACKWARD"):
+        monkeypatch.setattr(op, plans, Plans())
 
 
 def use_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +205,7 @@ def test_lse_by_hand() -> None:
     expected = torch.tensor([[[2 + math.log(3)] * 3], [[-INF] * 3]])
     modes = (None, seqlens, None, None, key_mask, 0.25)
     torch.testing.assert_close(reference.masked_attention(qkv, *modes)[1], expected)
-    torch.testing.assert_close(op.masked_attention(qkv, *modes, True, "auto")[1], expected)
+    torch.testing.assert_close(op.masked_attention_fwd(qkv, *modes, True, "auto")[1], expected)
 
 
 def sizes_and_modes() -> Iterator[Any]:
@@ -423,7 +426,7 @@ def test_fully_masked_rows(mode: str, implementation: str, device: torch.device)
     if implementation == "reference":
         lse = reference.masked_attention(qkv, *modes_of(arguments))[1]
     else:
-        lse = op.masked_attention(qkv, *forward_arguments(arguments, implementation))[1]
+        lse = op.masked_attention_fwd(qkv, *forward_arguments(arguments, implementation))[1]
     assert (lse[1] == -INF).all()
     # The rectangle has them, too.
     if "keep" not in arguments:
@@ -438,7 +441,7 @@ def test_lse(backend: str, mode: str, dtype: torch.dtype, device: torch.device) 
     skip_unless_interpreted(backend, dtype, device)
     qkv = make_qkv(mode, 3, 65, device=device, dtype=dtype)
     arguments = make_mode(mode, 3, 65, device)
-    lse = op.masked_attention(qkv, *forward_arguments(arguments, backend))[1]
+    lse = op.masked_attention_fwd(qkv, *forward_arguments(arguments, backend))[1]
     if backend == "triton":  # to base 2
         lse = (lse.double() * math.log(2)).float()
     eager = reference.masked_attention(qkv, *modes_of(arguments))[1]
@@ -455,18 +458,18 @@ def test_lse_is_stored_for_a_backward_only(
     skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv(mode, 3, 9, device=device)
     arguments = make_mode(mode, 3, 9, device)
-    found = op.masked_attention(qkv, *modes_of(arguments), False, backend)
+    found = op.masked_attention_fwd(qkv, *modes_of(arguments), False, backend)
     assert found[1].numel() == 0
-    expected = op.masked_attention(qkv, *forward_arguments(arguments, backend))
+    expected = op.masked_attention_fwd(qkv, *forward_arguments(arguments, backend))
     assert torch.equal(found[0], expected[0])
     saved: list[bool] = []
-    real = op.masked_attention
+    real = op.masked_attention_fwd
 
     def forward(*arguments: Any) -> Any:
         saved.append(arguments[-2])
         return real(*arguments)
 
-    monkeypatch.setattr(op, "masked_attention", forward)
+    monkeypatch.setattr(op, "masked_attention_fwd", forward)
     masked_attention(qkv, backend=backend, **arguments)  # type: ignore[arg-type]
     masked_attention(qkv.requires_grad_(), backend=backend, **arguments)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -555,7 +558,7 @@ def test_the_gradient_is_one_contiguous_buffer(
     skip_unless_interpreted(backend, torch.float32, device)
     qkv = make_qkv(mode, 3, 8, device=device).transpose(-3, -2).contiguous().transpose(-3, -2)
     arguments = make_mode(mode, 3, 8, device)
-    o, lse = op.masked_attention(qkv, *forward_arguments(arguments, backend))
+    o, lse = op.masked_attention_fwd(qkv, *forward_arguments(arguments, backend))
     do = torch.ones_like(o)
     dqkv = op.masked_attention_bwd(do, qkv, o, lse, *backward_arguments(arguments, backend))
     assert not qkv.is_contiguous()
@@ -622,7 +625,7 @@ def test_max_seqlen_is_the_padded_length() -> None:
     cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
     for max_seqlen in (5, 9):
         modes = (None, None, cu_seqlens, max_seqlen, None, SCALE)
-        assert op.masked_attention(qkv, *modes, True, "auto")[1].shape == (2, 2, max_seqlen)
+        assert op.masked_attention_fwd(qkv, *modes, True, "auto")[1].shape == (2, 2, max_seqlen)
 
 
 def test_the_rectangle_drops_no_argument() -> None:
@@ -1043,12 +1046,10 @@ def test_opcheck(backend: str, mode: str, layout: str, device: torch.device) -> 
     qkv = make_qkv(mode, 3, 5, device=device)
     if layout == "permuted":
         qkv = qkv.movedim(-3, 0).contiguous().movedim(0, -3)
-    qkv.requires_grad_()
     arguments = forward_arguments(make_mode(mode, 3, 5, device), backend)
-    torch.library.opcheck(op.masked_attention, (qkv, *arguments))
+    torch.library.opcheck(op.masked_attention_fwd, (qkv, *arguments))
     if layout == "permuted":
-        separate = tuple(x.detach().requires_grad_() for x in qkv.unbind(-3))
-        torch.library.opcheck(op.attention, (*separate, *arguments))
+        torch.library.opcheck(op.attention_fwd, (*qkv.unbind(-3), *arguments))
 
 
 @pytest.mark.parametrize("mode", ["dense", "keep+key_mask", "cu_seqlens"])
@@ -1058,10 +1059,10 @@ def test_opcheck_of_the_backward(backend: str, mode: str, device: torch.device) 
     qkv = make_qkv(mode, 3, 5, device=device)
     modes = make_mode(mode, 3, 5, device)
     arguments = backward_arguments(modes, backend)
-    o, lse = op.masked_attention(qkv, *forward_arguments(modes, backend))
+    o, lse = op.masked_attention_fwd(qkv, *forward_arguments(modes, backend))
     torch.library.opcheck(op.masked_attention_bwd, (torch.ones_like(o), qkv, o, lse, *arguments))
     separate = qkv.unbind(-3)
-    o, lse = op.attention(*separate, *forward_arguments(modes, backend))
+    o, lse = op.attention_fwd(*separate, *forward_arguments(modes, backend))
     torch.library.opcheck(op.attention_bwd, (torch.ones_like(o), *separate, o, lse, *arguments))
 
 
@@ -1124,7 +1125,7 @@ def test_two_runs_are_bitwise_equal(backend: str, mode: str, device: torch.devic
 
 def test_masks_get_no_gradient_and_lse_neither() -> None:
     qkv = make_qkv("dense", 2, 4).requires_grad_()
-    o, lse = op.masked_attention(qkv, *forward_arguments({}))
+    o, lse = op._MaskedAttention.call(qkv, *modes_of({}), "auto")
     assert o.requires_grad
     assert not lse.requires_grad
     assert not reference.masked_attention(qkv)[1].requires_grad
@@ -1134,5 +1135,29 @@ def test_a_second_derivative_is_an_error() -> None:
     qkv = make_qkv("dense", 2, 4).requires_grad_()
     o = masked_attention(qkv)
     (gradient,) = torch.autograd.grad(o.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="masked_attention has no second derivative"):
         torch.autograd.grad(gradient.sum(), qkv)
+
+
+def test_forward_mode_is_an_error() -> None:
+    qkv = make_qkv("dense", 2, 4)
+    with pytest.raises(NotImplementedError, match="masked_attention: .* reverse mode, got forward"):
+        torch.func.jvp(masked_attention, (qkv,), (torch.ones_like(qkv),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(qkv, torch.ones_like(qkv))  # type: ignore[no-untyped-call]
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            masked_attention(dual)
+        o = masked_attention(dual, backend="reference")
+        tangent = forward_ad.unpack_dual(o).tangent  # type: ignore[no-untyped-call]
+        assert tangent.any()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_functional_gradients() -> None:
+    qkv = make_qkv("dense", 3, 4)
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(masked_attention(leaf).square().sum(), leaf)
+    gradient = torch.func.grad(lambda x: masked_attention(x).square().sum())
+    torch.testing.assert_close(gradient(qkv), expected)
+    per_sample = torch.func.vmap(lambda x: gradient(x[None])[0])(qkv)
+    torch.testing.assert_close(per_sample, expected)
