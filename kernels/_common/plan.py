@@ -39,6 +39,10 @@ ALLOCATIONS = (
 )
 
 
+# Of dtypes alone.
+HARMLESS = (torch.ops.aten.promote_types.default,)
+
+
 class _Call(NamedTuple):
     """One launch, as a launcher asked for it."""
 
@@ -211,7 +215,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func in ALLOCATIONS:
             self.allocated.append(result)
-        elif not func.is_view:
+        elif not func.is_view and func not in HARMLESS:
             self.others.append(func)
         return result
 
@@ -251,10 +255,14 @@ class _Plan:
         self._device = _runtime()[0].get_current_device()
         self._where = watch.allocated[0].device if watch.allocated else None
         self._results = [(x.shape, x.stride(), x.dtype) for x in results]
-        own = {id(x) for x in results}
-        between = [x for x in watch.allocated if id(x) not in own]
-        # Otherwise a result is a view, of which another call's memory would have to be one, too.
-        assert len(between) + len(results) == len(watch.allocated), "results are not allocations"
+        # By address: autograd wraps some of them anew.
+        fresh = {x.data_ptr(): x for x in watch.allocated if x.numel() > 0}
+        for x in results:
+            if x.numel() > 0:
+                # Otherwise it is a view, of which another call's memory would have to be one, too.
+                assert x.data_ptr() in fresh, "a result is no allocation of the launcher's"
+                del fresh[x.data_ptr()]
+        between = list(fresh.values())
         self._scratch, self._scratch_bytes = [], 0
         for x in between:
             self._scratch.append(self._scratch_bytes)
@@ -313,7 +321,9 @@ def _step(
 ) -> _Step:
     arguments, pointers, numbers = list(call.arguments), [], []
     for i, (name, x) in enumerate(zip(call.kernel.arg_names, arguments, strict=True)):
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) and x.numel() == 0:
+            arguments[i] = 0
+        elif isinstance(x, Tensor):
             at, offset = _find(x, tensors)
             pointers.append((i, at, offset))
             arguments[i] = None
@@ -350,6 +360,6 @@ def _find(x: Tensor, tensors: list[Tensor | None]) -> tuple[int, int]:
 def _span(x: Tensor) -> range:
     """Addresses from a tensor's first number to its last."""
     if x.numel() == 0:
-        return range(x.data_ptr(), x.data_ptr() + 1)
+        return range(0)
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return range(x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize)

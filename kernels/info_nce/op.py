@@ -342,8 +342,8 @@ class Result(NamedTuple):
     """[V, n], logsumexp of a row's logits."""
     positive: Tensor
     """[V, n], logit of a row's positive pair."""
-    row_max: Tensor
-    """[V, n], the largest other logit of a row, if `online`."""
+    normaliser: Tensor
+    """[2, V, n], of which the first is the largest other logit of a row, if `online`."""
 
 
 def loss(
@@ -372,11 +372,10 @@ def loss(
         positive = stats[2]
         row_loss, lse, weight, normaliser = finish(*stats, backend)
     by_neighbour, by_predicted = (None, normaliser) if transposed else (normaliser, None)
-    largest = normaliser[0]
     if group is not None and not transposed:
         own = slice(first, first + predicted.shape[1])
         row_loss, weight, lse = row_loss[:, own], weight[:, own], lse[:, own]
-        positive, largest = positive[:, own], largest[:, own]
+        positive, normaliser = positive[:, own], normaliser[:, :, own]
     mean = mean_loss(
         predicted,
         temperature,
@@ -389,7 +388,7 @@ def loss(
         1,
         backend,
     )
-    return Result(mean, lse, positive, largest)
+    return Result(mean, lse, positive, normaliser)
 
 
 def _over_ranks(

@@ -82,16 +82,28 @@ def queue_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The five fields of TopK; those that were not asked for are empty.
 
-    The pick is given as `rank`, drawn by `draw` (the fields of a Pick, or nothing), or not asked
-    for. `shadow` has the fields of a Shadow, or nothing.
+    The pick is given as `rank`, drawn by `draw` (see `pick_arguments`), or not asked for. `shadow`
+    has the fields of a Shadow, or nothing.
     """
+    ids_and_labels = (query_id, queue_id, query_label, queue_label)
+    if gpu.is_gpu(query) and rank is not None:
+        reference.check_ranks(rank, k)
+        rank = rank.to(query.device)
+    scalars = _scalars(draw)
+    planned = (query, queue, *ids_and_labels, rank, *shadow), (k, backend), scalars or (None,) * 4
+    found = SEARCH.replay(*planned)
+    if found is not None:
+        values, indices, index, neighbour, hit = found
+        return values, indices, index, neighbour, hit
     if backend == "auto":
         backend = _choose(query, queue, k)
-    ids_and_labels = (query_id, queue_id, query_label, queue_label)
     if backend == "triton":
-        return search_triton(query, queue, k, *ids_and_labels, rank, draw, shadow)
+        launcher = partial(search_triton, query, queue, k, *ids_and_labels, rank, scalars, shadow)
+        values, indices, index, neighbour, hit = SEARCH.record(launcher, *planned)
+        return values, indices, index, neighbour, hit
     if draw:
-        rank = draw_ranks(reference.Pick(*draw), query.shape[:-1], k, query.device)
+        pick = reference.Pick(*map(torch.as_tensor, scalars))
+        rank = draw_ranks(pick, query.shape[:-1], k, query.device)
     if backend == "cpp":
         return search_cpp(query, queue, k, *ids_and_labels, rank)
     result = reference.queue_topk(query, queue, k, *ids_and_labels, rank)
@@ -103,35 +115,15 @@ def queue_topk(
     return result.values, result.indices, index, neighbour, hit
 
 
+def _scalars(draw: Sequence[Tensor]) -> tuple[Tensor | int, ...]:
+    """Seed, step, view and row: ints from the CPU, what lies on a device as it is."""
+    if len(draw) == 1:
+        return tuple(draw[0].tolist())
+    # Numbers of the CPU are passed by value, others by address: nothing waits.
+    return tuple(int(x) if x.device.type == "cpu" and x.ndim == 0 else x for x in draw)
+
+
 def search_triton(
-    query: Tensor,
-    queue: Tensor,
-    k: int,
-    query_id: Tensor | None,
-    queue_id: Tensor | None,
-    query_label: Tensor | None,
-    queue_label: Tensor | None,
-    rank: Tensor | None,
-    draw: Sequence[Tensor],
-    shadow: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op by the Triton kernels."""
-    if rank is not None:
-        reference.check_ranks(rank, k)
-        rank = rank.to(query.device)
-    # Numbers on the CPU are passed by value, those on the device by address: nothing waits.
-    scalars = tuple(int(x) if x.device.type == "cpu" and x.ndim == 0 else x for x in draw)
-    labels = (query_id, queue_id, query_label, queue_label)
-    planned = ((query, queue, *labels, rank, *shadow), (k,), scalars or (None,) * 4)
-    found = SEARCH.replay(*planned)
-    if found is None:
-        launcher = partial(_launch_search, query, queue, k, *labels, rank, scalars, shadow)
-        found = SEARCH.record(launcher, *planned)
-    values, indices, index, neighbour, hit = found
-    return values, indices, index, neighbour, hit
-
-
-def _launch_search(
     query: Tensor,
     queue: Tensor,
     k: int,
@@ -143,6 +135,7 @@ def _launch_search(
     draw: Sequence[Tensor | int],
     shadow: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op by the Triton kernels; `draw` has numbers or tensors."""
     from maect_fast.kernels.queue_topk import triton_kernel
 
     if query.stride(-1) != 1:
@@ -220,23 +213,29 @@ def _queue_topk_flop(query: Any, queue: Any, *_: Any, out_shape: Any) -> int:
 
 
 def pick_arguments(pick: reference.Pick, device: torch.device) -> list[Tensor]:
-    """Seed, step, view and row of a Pick as int64 tensors; ints stay on the CPU, nothing waits."""
-    *scalars, row = (_as_int64(x) for x in pick)
+    """Seed, step, view and row of a Pick, int64: one tensor [4] of the CPU, or one of each.
+
+    Ints stay on the CPU, so that nothing waits for the device.
+    """
+    if all(isinstance(x, int) for x in pick):
+        return [torch.tensor([_wrapped(x) for x in pick], dtype=torch.int64)]  # type: ignore[arg-type]
+    *scalars, row = (
+        x.to(torch.int64) if isinstance(x, Tensor) else torch.tensor(_wrapped(x)) for x in pick
+    )
     return [*scalars, row if row.ndim == 0 else row.to(device).contiguous()]
 
 
-def _as_int64(x: reference.Scalar) -> Tensor:
-    """The same 64 bits; a seed may use them all."""
-    if isinstance(x, int) and x >= 1 << 63:
-        x -= 1 << 64
-    return x.to(torch.int64) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int64)
+def _wrapped(x: int) -> int:
+    """The same 64 bits, signed; a seed may use them all."""
+    return x - (1 << 64) if x >= 1 << 63 else x
 
 
 def draw_ranks(pick: reference.Pick, shape: torch.Size, k: int, device: torch.device) -> Tensor:
     """`reference.draw_ranks`, on the CPU in one call instead of a hundred."""
     if device.type != "cpu" or cpp.load() is not None:
         return reference.draw_ranks(pick, shape, k, device)
-    seed, step, view, row = (x.cpu() for x in pick_arguments(pick, device))
+    scalars = _scalars(pick_arguments(pick, device))
+    seed, step, view, row = (torch.as_tensor(x).cpu() for x in scalars)
     if row.ndim == 0:
         row = torch.arange(shape[-1]) + row
     ranks = row.new_empty(shape)
