@@ -37,6 +37,7 @@ class Job:
     row: str
     arch: int
     limits: Limits
+    backing: str
     source: Any
     target: Any
     options: Any
@@ -88,6 +89,7 @@ def jobs(op: str, launch: Launch, arch: int) -> list[Job]:
                 row=label,
                 arch=arch,
                 limits=row.limits,
+                backing=row.backing,
                 source=ASTSource(kernel, signature, constants, attributes),
                 target=target,
                 options=options.__dict__,
