@@ -304,10 +304,10 @@ def test_a_block_may_do_without_shared_memory() -> None:
     module = "maect_fast.kernels.queue_topk.triton_kernel"
     source = (
         f"from importlib import import_module; kernels = import_module('{module}')\n"
-        "from maect_fast.benchmarks.machine_code.compile import compile_job, jobs\n"
+        "from maect_fast.benchmarks.machine_code.compile import compile_source, jobs\n"
         "launches = [x for x in kernels.machine_code(90) if x.row.label == 'pointer']\n"
         "(job,) = jobs('queue_topk', launches[0], 90)\n"
-        "found = compile_job(job)\n"
+        "found = compile_source(job.source)\n"
         "assert found.static_shared == found.dynamic_shared == 0\n"
         "assert found.blocks_per_sm == 32\n"
     )
