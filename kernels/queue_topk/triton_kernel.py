@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.launch import H200, Launch, LaunchRow, Limits, fitting
 from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.queue_topk import triton_queue, triton_score
 from maect_fast.kernels.queue_topk.triton_queue import (
@@ -41,13 +41,16 @@ SELECT = tuple(
         # Left alone, the assembler spills a little to fit one block more.
         maxnreg=registers,
         limits=Limits(registers=registers, blocks_per_sm=blocks_per_sm),
+        backing=f"measured: {microseconds} us at 512 rows, K {at_k}, alone, {H200}"
+        if microseconds
+        else "compiled",
     )
-    for k, block_c, num_warps, block_d, registers, blocks_per_sm in (
-        (16, 16, 4, 32, 144, 3),
-        (32, 16, 4, 32, 144, 3),
-        (64, 32, 4, 32, 240, 2),
-        (128, 32, 8, 64, 240, 1),
-        (200, 32, 8, 64, 240, 1),
+    for k, block_c, num_warps, block_d, registers, blocks_per_sm, microseconds, at_k in (
+        (16, 16, 4, 32, 144, 3, 30, 1),
+        (32, 16, 4, 32, 144, 3, 62, 20),
+        (64, 32, 4, 32, 240, 2, 0, 0),
+        (128, 32, 8, 64, 240, 1, 316, 100),
+        (200, 32, 8, 64, 240, 1, 0, 0),
     )
 )
 FINISH = LaunchRow(
@@ -58,6 +61,7 @@ FINISH = LaunchRow(
     blocks={"BLOCK_Q": 32, "BLOCK_D": 32},
     sizes={"B": 1024, "Q": 65_536, "D": 256, "K": 20},
     limits=Limits(registers=128, blocks_per_sm=4),
+    backing=f"measured: 1.5 us at 512 rows that needed no search, alone, {H200}",
 )
 # Memory of a search: maxima and candidates of as many rows at a time as fit into so many bytes, and
 # of a queue without a shadow so many bytes of one at a time.

@@ -484,7 +484,7 @@ class NoKernel:
 def test_triton_never_holds_the_logits(
     V: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of n 512, P 32,768 a view takes less than 4 MiB more, its gradient included."""
+    """Of n 512, P 32,768 a view's 64 MiB never exist; the gradient's parts are 8 MiB."""
     kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
     for name in ("prepare", "fwd", "finish", "bwd", "normalize_backward"):
         monkeypatch.setattr(kernel, f"{name}_kernel", NoKernel())
@@ -502,8 +502,8 @@ def test_triton_never_holds_the_logits(
         kernel.gradient(loss[0, 0], predicted, neighbour, 0.2, weight, *by, 0)
     # What the forward leaves for the backward is in both.
     saved = 4 * (weight.numel() + rows.numel())
-    assert 0 < forward.num_bytes <= V * 4 * 2**20
-    assert 0 < backward.num_bytes + saved <= V * 4 * 2**20
+    assert 0 < forward.num_bytes <= V * 2 * 2**20
+    assert 0 < backward.num_bytes + saved <= V * 9 * 2**20
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
