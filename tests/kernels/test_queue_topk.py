@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from allocation import Allocated
+from allocation import Allocated, NoSync, PeakMemory
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
@@ -971,25 +971,22 @@ def test_a_search_of_both_views_takes_16_mb(monkeypatch: pytest.MonkeyPatch) -> 
     assert 12e6 < allocated.num_bytes - results - others <= 16e6
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_draws_anew_in_every_replay() -> None:
-    device = torch.device("cuda")
+@pytest.mark.parametrize("shadow", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_captured_step_draws_anew_in_every_replay(
+    dtype: torch.dtype, shadow: torch.dtype, no_sync: NoSync, cuda: torch.device
+) -> None:
     eager, replayed = (
-        with_shadow(random_queue(3000, 64, num_ids=300, num_classes=3, device=device))
+        with_shadow(random_queue(3000, 64, num_ids=300, num_classes=3, device=cuda), dtype=shadow)
         for _ in range(2)
     )
-    query, step = unit_rows(2, 100, 64, seed=1).to(device), torch.zeros((), dtype=torch.int64)
-    step = step.to(device)
+    query = unit_rows(2, 100, 64, dtype=dtype, device=cuda, seed=1)
+    step = torch.zeros((), dtype=torch.int64, device=cuda)
     step_once(query, eager, step)
     step_once(query, replayed, step)
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            found = step_once(query, replayed, step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.graph(graph), no_sync():
+        found = step_once(query, replayed, step)
     picks = []
     for i in range(1, 4):
         step.fill_(i)
@@ -1000,6 +997,75 @@ def test_a_captured_step_draws_anew_in_every_replay() -> None:
         assert found.picked_index is not None
         picks.append(found.picked_index.tolist())
     assert picks[0] != picks[1] != picks[2]
+
+
+@pytest.mark.parametrize("shadow", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_runs_on_a_full_device_are_bitwise_equal(
+    dtype: torch.dtype, shadow: torch.dtype, cuda: torch.device
+) -> None:
+    queue = normalize(torch.randn(65_536, 256, device=cuda), dim=-1)
+    query = torch.randn(2, 512, 256, device=cuda, dtype=dtype)
+    rows = op.make_shadow(queue, shadow)
+    first, *others = (by_triton(query, queue, 20, shadow=rows) for _ in range(4))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+    for view in range(2):
+        assert_exact(tuple(x[view] for x in first[:2]), query[view].float(), queue, 20)
+
+
+def test_a_search_on_a_device_takes_16_mb(cuda: torch.device) -> None:
+    """What the allocator says of the sizes of a step."""
+    queue = normalize(torch.randn(65_536, 256, device=cuda), dim=-1)
+    query = torch.randn(2, 512, 256, device=cuda, dtype=torch.bfloat16)
+    rows = op.make_shadow(queue, torch.float16)
+    by_triton(query, queue, 20, shadow=rows)
+    with PeakMemory(cuda) as peak:
+        by_triton(query, queue, 20, shadow=rows)
+    assert 12e6 < peak.num_bytes <= 17e6
+
+
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_more_numbers_than_32_bits_count(
+    dtype: torch.dtype, needs_gib: Callable[[float], None], cuda: torch.device
+) -> None:
+    needs_gib(24)
+    check_large(8, 2**31 // 256 + 1000, 256, dtype, cuda)
+
+
+def check_large(B: int, Q: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Rows at the end of the queue are found, by parts and by a whole shadow, and replaced."""
+    queue = torch.randn(Q, D, device=device, dtype=dtype).mul_(D**-0.5)
+    query = torch.randn(B, D, device=device, dtype=dtype)
+    # The last row is the first query's nearest, the first row the second's.
+    queue[-1], queue[0] = 2 * query[0], 2 * query[1]
+    values, slots = [], []
+    for start in range(0, Q, 1 << 20):
+        found = definition(query.float(), queue[start : start + (1 << 20)], min(9, Q - start))
+        values.append(found[0])
+        slots.append(found[1] + start)
+    best, place = torch.cat(values, 1).sort(dim=1, descending=True, stable=True)
+    expected = best[:, :9], torch.cat(slots, 1).gather(1, place)[:, :9]
+    none = torch.full((Q,), -1, device=device)
+    pointer = torch.full((1,), Q - 2, device=device)
+    state = with_shadow(QueueState(queue, none.clone(), none, pointer), dtype=torch.float16)
+    shadow = state.shadow
+    assert shadow is not None
+    assert expected[1][:2, 0].tolist() == [Q - 1, 0]
+    by_parts = queue_topk(query, queue, k=9, backend="triton")
+    for results in (by_parts[:2], by_triton(query, queue, 9, shadow=shadow)[:2]):
+        assert same(results[0], expected[0])
+        assert same(results[1], expected[1])
+    enqueue(state, query[:4])
+    for i, slot in enumerate((Q - 2, Q - 1, 0, 1)):
+        unit = normalize(query[i].double(), dim=0)
+        torch.testing.assert_close(queue[slot].double(), unit, rtol=0, atol=4e-3)
+    tiles = slice(0, 128), slice((Q - 1) // 128 * 128, Q)
+    for tile in tiles:
+        anew = op.make_shadow(queue[tile], torch.float16)
+        assert torch.equal(shadow[0][tile], anew[0][: len(queue[tile])])
+        assert torch.equal(shadow[1][tile.start // 128], anew[1][0])
 
 
 # The ring buffer.
