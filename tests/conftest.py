@@ -65,6 +65,17 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--cpp-library: {cpp.LIBRARY}: {reason}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist, tests that share a module's fixture run where it is made: once."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        for name, found in item._fixtureinfo.name2fixturedefs.items():
+            if found[-1].scope == "module":
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
+                break
+
+
 @pytest.fixture(
     params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
 )

@@ -38,6 +38,10 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(
     params=[
         "auto",
@@ -141,7 +145,7 @@ def test_loss_and_gradient_against_fp64(
 @needs_triton
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16)])
 @pytest.mark.parametrize(
     ("n", "D", "temperature"),
     [
@@ -298,7 +302,7 @@ def test_triton_takes_norms_whose_squares_leave_fp32(scale: float, device: torch
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "temperature"),
-    [(torch.float32, 0.06), (torch.float16, 0.02)],
+    [(torch.float32, 0.06), slow(torch.float16, 0.02)],
 )
 def test_triton_schedule_of_a_full_device(
     temperature: float,
@@ -1437,7 +1441,7 @@ def rank_main(rank: int, world_size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+@pytest.fixture(scope="module", params=[2, slow(4)], ids="{} ranks".format)
 def rank_results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
