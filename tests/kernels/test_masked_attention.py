@@ -281,6 +281,18 @@ def test_kernels_of_other_devices_match_reference(
     assert_matches_reference(masked_attention, (qkv,), scale=SCALE, **make_mode(mode, 3, N))
 
 
+def test_one_key_leaves_queries_and_keys_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Its probability is 1 whatever they are: dp - delta must cancel to the last bit."""
+    use_products(monkeypatch)
+    for dtype in (torch.float32, torch.float64):
+        qkv = make_qkv("dense", 3, 1, dim=80, dtype=dtype, device=device)
+        _, gradient = run(masked_attention, (qkv,))
+        assert not gradient[:, :, :2].any()
+        assert gradient[:, :, 2].all()
+
+
 def test_autocast_changes_nothing(implementation: str, device: torch.device) -> None:
     for dtype in dtypes(implementation, device):
         qkv = make_qkv("dense", 2, 5, device=device, dtype=dtype)
