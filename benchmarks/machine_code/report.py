@@ -47,6 +47,7 @@ def columns(job: Job, found: Compiled) -> dict[str, str]:
         if job.limits.alu_per_result is not None
         else "",
         "innermost loop, per tensor-core instruction": loop_mix(found.code, found.num_warps),
+        "backing": job.backing,
     }
     return {name: str(cell) for name, cell in line.items()}
 
