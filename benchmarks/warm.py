@@ -15,10 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from maect_fast.benchmarks.machine_code.cli import registered
 
 __all__ = ["Compilation", "compile_ahead", "compile_all", "pending"]
 
@@ -48,6 +52,9 @@ def compile_ahead(
     if device.type != "cuda":
         return
     began = time.monotonic()
+    # It imports while the calls run.
+    _processes()
+    forkserver.ensure_running()
     found = pending(calls)
     tell(f"{len(found)} kernels to compile, found in {time.monotonic() - began:.1f} s")
     from triton.runtime import driver
@@ -81,12 +88,8 @@ def compile_all(work: list[Compilation], target: Any) -> Iterator[str]:
     if not work:
         return
     began = said = time.monotonic()
-    # Not forked from this process, which has used CUDA; each of the others from one that imports
-    # once and has not.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *{item.module for item in work}])
     count = min(os.cpu_count() or 1, len(work))
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
+    with ProcessPoolExecutor(count, mp_context=_processes()) as pool:
         done = as_completed([pool.submit(_compile, item, target) for item in work])
         for i, future in enumerate(done, start=1):
             if reason := future.result():
@@ -95,6 +98,13 @@ def compile_all(work: list[Compilation], target: Any) -> Iterator[str]:
             if i == len(work) or time.monotonic() - said > SECONDS_PER_LINE:
                 said = time.monotonic()
                 yield f"{i} of {len(work)} compiled, {count} processes, {said - began:.1f} s"
+
+
+def _processes() -> BaseContext:
+    """Processes forked from one that has imported everything, once, and has never used CUDA."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *registered()])
+    return context
 
 
 def _compile(item: Compilation, target: Any) -> str | None:
