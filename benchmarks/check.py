@@ -2,7 +2,7 @@
 
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,20 +43,25 @@ class Case:
     """Does it again and compares; says what is wrong."""
 
 
-def check(device: torch.device, tell: Callable[[str], None] = print) -> Iterator[tuple[str, bool]]:
-    """Run every op in every mode, forward and backward, at odd sizes.
+def check(
+    device: torch.device,
+    names: Collection[str] = tuple(OPS),
+    tell: Callable[[str], None] = print,
+) -> Iterator[tuple[str, bool]]:
+    """Run ops in every mode, forward and backward, at odd sizes.
 
     On a GPU also at the sizes of every launch row that it would use, after all kernels have been
     compiled in parallel. Every sample is judged at the odd sizes; see `judged_samples`.
 
     Args:
         device: where the ops run.
+        names: of the ops.
         tell: gets lines of progress.
 
     Yields:
         One line per op and dtype, and whether all was right; what is wrong comes with the remedy.
     """
-    plan = list(_plan(device))
+    plan = list(_plan(device, names))
     compile_ahead((case.call for _, _, cases in plan for case in cases), device, tell)
     for name, dtype, cases in plan:
         began = time.monotonic()
@@ -64,14 +69,16 @@ def check(device: torch.device, tell: Callable[[str], None] = print) -> Iterator
         yield _verdict(name, dtype, results, time.monotonic() - began)
 
 
-def _plan(device: torch.device) -> Iterator[tuple[str, torch.dtype, list[Case]]]:
+def _plan(
+    device: torch.device, names: Collection[str]
+) -> Iterator[tuple[str, torch.dtype, list[Case]]]:
     """What each line is about."""
     dtypes = [torch.float32]
     if device.type == "cuda":
         dtypes += [torch.float16, torch.bfloat16]
     for dtype in dtypes:
         is_half = dtype == torch.float16
-        for op in OPS.values():
+        for op in map(OPS.__getitem__, names):
             # The last mode has both directions, or search and pick. fp16 has the kernels of bf16,
             # and every case compiles its own.
             modes = op.modes[-1:] if is_half else op.modes
@@ -79,8 +86,9 @@ def _plan(device: torch.device) -> Iterator[tuple[str, torch.dtype, list[Case]]]
             if not is_half:
                 cases += [(sizes, op.modes[-1]) for sizes in launch_sizes(op, device)]
             yield op.name, dtype, [_plain(op, *case, dtype, device) for case in cases]
-        masked = [case for N in MASKED_N for case in _masked(3, N, dtype, device)]
-        yield "masked_attention, masked", dtype, masked
+        if "masked_attention" in names:
+            masked = [case for N in MASKED_N for case in _masked(3, N, dtype, device)]
+            yield "masked_attention, masked", dtype, masked
 
 
 def _verdict(name: str, dtype: torch.dtype, results: Results, seconds: float) -> tuple[str, bool]:

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,16 @@ def _bench(words: Sequence[str], prog: str) -> int:
         device,
         _report,
     )
-    rows = floor_rows(dtypes, device)
-    append_rows(folder / f"{FLOORS}.csv", rows)
-    _report(f"{folder.name}: " + ", ".join(_rate(row) for row in rows))
+    rows: list[Row] = []
     for dtype in dtypes:
         for op, sizes in plan:
             if time.monotonic() > deadline:
                 _report(f"left out after {options.minutes:g} minutes: {op.name} {dict(sizes)}")
                 continue
+            if not rows:
+                rows = floor_rows(dtypes, device)
+                append_rows(folder / f"{FLOORS}.csv", rows)
+                _report(f"{folder.name}: " + ", ".join(_rate(row) for row in rows))
             providers = _chosen(options.provider, op.providers)
             every = measure_op(op, sizes, dtype, device, modes=modes[op.name], providers=providers)
             for _, rows_of_mode in groupby(every, key=lambda row: row.mode):
@@ -105,6 +108,8 @@ def _bench(words: Sequence[str], prog: str) -> int:
                 append_rows(folder / f"{op.name}.csv", measured)
                 rows += measured
                 _report(_line(by_case(measured)[0]))
+    if not rows:
+        return 0
     print(summary(rows))
     if missing := reasons([row for row in rows if row.provider != OURS]):
         print(f"\nWithout a time:\n{missing}")
@@ -233,9 +238,12 @@ def _check(words: Sequence[str]) -> int:
         prog="maect-fast bench check", description="Run every op against its definition in fp64."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if any")
+    parser.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS))
+    options = parser.parse_args(words)
     all_right = True
-    for line, right in check(_device(parser.parse_args(words).device)):
-        print(line, flush=True)
+    tell = partial(print, flush=True)
+    for line, right in check(_device(options.device), options.op, tell):
+        tell(line)
         all_right &= right
     return 0 if all_right else 1
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
@@ -158,7 +158,8 @@ def append_rows(
     Args:
         path: made, with its folder, if there is none; replaced as a whole.
         rows: dataclasses of one type, whose fields are the columns.
-        key: the columns that say what was measured.
+        key: the columns that say what was measured; those whose fields have a default may be
+            missing in an older file.
 
     Raises:
         ValueError: the file is another kind of table.
@@ -166,7 +167,13 @@ def append_rows(
     if not rows:
         return
     columns = [field.name for field in fields(rows[0])]
-    lines = _read(path, key) if path.exists() else []
+    defaults = {
+        field.name: _text(field.default)
+        for field in fields(rows[0])
+        if field.default is not MISSING
+    }
+    required = [name for name in key if name not in defaults]
+    lines = [defaults | line for line in _read(path, required)] if path.exists() else []
     lines += [{name: _text(getattr(row, name)) for name in columns} for row in rows]
     newest = {tuple(line.get(name, "") for name in key): line for line in lines}
     table = io.StringIO()
