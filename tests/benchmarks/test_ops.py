@@ -155,9 +155,11 @@ def test_a_fault_in_any_single_query_is_found(mode: str) -> None:
             index[b] = x.query_id[b]
             outputs["picked_neighbour"] = x.state.queue[index]
             outputs["num_hits"] = (x.state.queue_y[index] == x.query_label).sum()
-        op.providers["wrong"] = registry.Provider(
-            make=lambda x, mode, outputs=outputs: lambda: outputs, capturable=False
-        )
+
+        @op.provider("wrong")
+        def wrong(x: search_entry.Inputs, mode: str, outputs: Outputs = outputs) -> Call:
+            return lambda: outputs
+
         assert gate(op, x, mode, torch.float32, ["wrong"])[1]["wrong"].startswith("wrong: ")
 
 
