@@ -467,8 +467,9 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default=Path("runs/bench"),
         help="default: runs/bench; in it a folder per device with step.csv",
     )
-    options, rest = parser.parse_known_args(words)
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    # First, or --recipe and --provider take those that follow them.
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    options, unknown = parser.parse_known_args([word for word in words if word not in overrides])
     if unknown:
         parser.error(f"not known: {' '.join(unknown)}")
     if options.updates < 2:
@@ -477,7 +478,4 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         options.provider = [OURS, STOCK] if options.stage == "tune" else [OURS]
     if STOCK in options.provider and options.stage != "tune":
         parser.error(f"--provider: {STOCK} does tune only, got {options.stage}")
-    # --recipe takes the overrides that follow it, too.
-    overrides = [word for word in (*options.recipe, *rest) if "=" in word]
-    options.recipe = [word for word in options.recipe if "=" not in word]
     return options, overrides
