@@ -27,8 +27,8 @@ unset PYTHONSAFEPATH
 export PYTHONPATH=$PWD
 failed=0
 
-# Why a module cannot be imported, in a line; nothing if it can.
-obstacle() { "$PYTHON" -c "import $1" 2>&1 | tail -n 1; }
+# Why a module cannot be imported, in a line; nothing if it can, or if no step will run.
+obstacle() { ! $gpu && ! $dry || "$PYTHON" -c "import $1" 2>&1 | tail -n 1; }
 
 skip() { echo "== $1: skipped: $2"; }
 
@@ -58,13 +58,8 @@ step() {
     tail -n 12 "$OUT/$name.log"
 }
 
-for module in torch triton; do
-    if why=$(obstacle $module) && [[ -n $why ]]; then
-        echo "$PYTHON has no PyTorch with Triton ($why): set PYTHON to one that has (>= 2.11, >= 3.6)" >&2
-        exit 2
-    fi
-done
-"$PYTHON" - <<'EOF' | tee "$OUT/machine.log"
+code=0
+"$PYTHON" - >"$OUT/machine.log" 2>&1 <<'EOF' || code=$?
 import platform, torch, triton
 
 print("Python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
@@ -72,6 +67,11 @@ if torch.cuda.is_available():
     gpu = torch.cuda.get_device_properties(0)
     print(f"GPU {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
 EOF
+tail -n 2 "$OUT/machine.log"
+if [[ $code != 0 ]]; then
+    echo "set PYTHON to one that has PyTorch (>= 2.11) and Triton (>= 3.6); $PYTHON has not" >&2
+    exit 2
+fi
 gpu=false
 if grep -q ^GPU "$OUT/machine.log"; then gpu=true; fi
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from maect_fast.benchmarks import cli
+from maect_fast.benchmarks import cli, floors
 from maect_fast.benchmarks.results import read_folder
 from maect_fast.cli import main
 
@@ -19,6 +19,10 @@ def test_bench_writes_rows_and_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("maect_fast.benchmarks.timing.SECONDS_PER_CALL", 0.0)
+    monkeypatch.setattr(floors, "STREAM_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(floors, "GEMM_SIDE", {"cpu": 64})
+    floors.bandwidth.cache_clear()
+    floors.matrix_rate.cache_clear()
     words = ["--op", "queue_topk", "--shape", "B=8,Q=64,D=32,K=3", "--out", str(tmp_path)]
     assert main(["bench", *words, "--provider", "maect-fast", "eager", "faiss-gpu"]) == 0
     (folder,) = tmp_path.iterdir()
@@ -103,6 +107,19 @@ def test_gpu_script_says_what_it_skips(tmp_path: Path) -> None:
     skipped = [line.split()[1] for line in out.splitlines() if ": skipped: " in line]
     assert skipped == [f"{name}:" for name in STEPS]
     assert "torch" in (tmp_path / "out" / "machine.log").read_text()
+
+
+def test_gpu_script_needs_torch(tmp_path: Path) -> None:
+    """A Python without packages."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(python)}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "No module named 'torch'" in done.stdout
+    assert "set PYTHON to one that has PyTorch" in done.stderr
 
 
 def test_gpu_script_knows_its_options(tmp_path: Path) -> None:
