@@ -97,7 +97,7 @@ def run_gpu_script(folder: Path, *options: str) -> str:
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
