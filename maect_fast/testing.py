@@ -1,7 +1,8 @@
 """Input makers and error budgets shared by the tests and the benchmarks.
 
-Every maker takes a seed and draws on the CPU in fp32 from its own generator, so that one seed gives
-the same numbers on every device and, up to rounding, in every dtype.
+Every maker takes a seed and draws in fp32 on the device of its result from a generator of its own,
+so that one seed gives the same numbers on every device of a kind and, up to rounding, in every
+dtype. A GPU draws in milliseconds what takes a CPU a minute and half.
 """
 
 from collections.abc import Sequence
@@ -81,8 +82,9 @@ def random_qkv(
         device: of the result.
         seed: of the draw.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*leading, 3, heads, dim, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    qkv = torch.randn(*leading, 3, heads, dim, generator=generator, device=device)
+    return qkv.to(dtype)
 
 
 def unit_rows(
@@ -99,9 +101,9 @@ def unit_rows(
         device: of the result.
         seed: of the draw.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
-    return rows.to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = torch.randn(*shape, generator=generator, device=device)
+    return torch.nn.functional.normalize(rows, dim=-1).to(dtype)
 
 
 def random_queue(
@@ -123,10 +125,10 @@ def random_queue(
         device: of the result.
         seed: of the draw.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     return QueueState(
         queue=unit_rows(size, dim, device=device, seed=seed),
-        queue_y=torch.randint(num_classes, (size,), generator=generator).to(device),
-        queue_id=(torch.arange(size) % num_ids).to(device),
+        queue_y=torch.randint(num_classes, (size,), generator=generator, device=device),
+        queue_id=torch.arange(size, device=device) % num_ids,
         queue_ptr=torch.zeros(1, dtype=torch.int64, device=device),
     )
