@@ -50,7 +50,14 @@ examples:
 def main(arguments: Sequence[str] | None = None, *, prog: str = "maect-fast bench") -> int:
     """Run one command; 1 where our own op failed its gate, 2 for a usage error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"check": _check, "trace": _trace, "plot": _plot, "table": _table, "step": _step}
+    commands = {
+        "check": _check,
+        "trace": _trace,
+        "plot": _plot,
+        "table": _table,
+        "step": _step,
+        "host": _host,
+    }
     try:
         if words and words[0] in commands:
             return commands[words[0]](words[1:])
@@ -295,6 +302,12 @@ def _table(words: Sequence[str]) -> int:
     rows = read_folder(options.folder)
     print(summary(rows) if options.summary else markdown(rows))
     return 0
+
+
+def _host(words: Sequence[str]) -> int:
+    from maect_fast.benchmarks import host
+
+    return host.main(words)
 
 
 def _step(words: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,10 @@ R cuOccupancyMaxActiveClusters(int*n,void*f,const void*c){*n=1;return 0;}
 """
 
 
+class StubError(Exception):
+    """Why launches cannot go nowhere here."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostRow:
     """One op in one direction; a line of host.csv."""
@@ -115,7 +120,7 @@ def stub_driver() -> Iterator[Callable[[], int]]:
         Counts the launches so far.
 
     Raises:
-        RuntimeError: kernels are interpreted, or there is no C compiler.
+        StubError: kernels are interpreted, or there is no C compiler.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -123,7 +128,7 @@ def stub_driver() -> Iterator[Callable[[], int]]:
     from triton.runtime import driver
 
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("bench host: expected compiled kernels, got TRITON_INTERPRET=1")
+        raise StubError("expected compiled kernels, got TRITON_INTERPRET=1")
 
     class Utils:
         def load_binary(self, *_: object) -> tuple[int, ...]:
@@ -157,7 +162,9 @@ def stub_driver() -> Iterator[Callable[[], int]]:
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise RuntimeError(f"bench host: expected a C compiler, got {error}") from error
+            raise StubError(
+                f"expected a C compiler to build the stand-in driver, got {error}"
+            ) from error
         # Before Triton looks for the driver: what is loaded under that name is taken.
         stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         (folder / "libcuda.so").symlink_to(library)
@@ -307,8 +314,12 @@ def main(words: Sequence[str]) -> int:
         rows = measure(device, None)
     else:
         device = torch.device("cpu")
-        with stub_driver() as launches:
-            rows = measure(device, launches)
+        try:
+            with stub_driver() as launches:
+                rows = measure(device, launches)
+        except StubError as error:
+            print(f"bench host: {error}", file=sys.stderr)
+            return 2
     print(table(rows))
     append_rows(options.out / device_folder(device) / "host.csv", rows, key=KEY)
     return 0
