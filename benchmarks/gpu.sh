@@ -102,7 +102,7 @@ else
     # The front end's tests need its packages.
     [[ -z $(obstacle timm) ]] || tests+=(tests/kernels)
 fi
-[[ -n $(obstacle xdist) ]] || tests+=(-n 8)
+[[ -n $(obstacle xdist) ]] || tests+=(-n 8 --dist loadgroup)
 
 step check 45 "${bench[@]}" check "${check[@]}"
 step bench 100 "${bench[@]}" "${ops[@]}" --out "$OUT/results"
@@ -114,11 +114,7 @@ else
     step step-l16 45 "${bench[@]}" step "${l16[@]}" --out "$OUT/results"
     step step-h14 45 "${bench[@]}" step "${h14[@]}" --out "$OUT/results"
 fi
-if [[ -e benchmarks/host.py ]]; then
-    step host 15 "${bench[@]}" host --out "$OUT/results"
-else
-    skip host "this commit has no benchmarks/host.py"
-fi
+step host 15 "${bench[@]}" host --out "$OUT/results"
 step bench-compiled 30 "${bench[@]}" "${ops_compiled[@]}" --out "$OUT/results"
 why=$(obstacle pytest)
 if [[ -n $why ]]; then

@@ -252,6 +252,9 @@ class _Plan:
         calls: list[_Call],
         scalars: dict[str, Tensor | float | None],
     ) -> None:
+        if any(call.compiled is None for call in calls):
+            # Somebody keeps Triton from launching: kernels are compiled ahead.
+            raise _UnclearError
         self._device = _runtime()[0].get_current_device()
         self._where = watch.allocated[0].device if watch.allocated else None
         self._results = [(x.shape, x.stride(), x.dtype) for x in results]

@@ -206,7 +206,7 @@ def test_triton_launches_on_the_inputs_device(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gpu, "current", current)
     predicted, neighbour = inputs(2, 3, 16)
     loss_and_grad(info_nce, predicted, neighbour, temperature=0.2, backend="triton")
-    assert devices == [predicted.device] * 3
+    assert devices == [predicted.device] * 2  # forward and backward
 
 
 LARGE = [pytest.param("cpp", marks=needs_library), pytest.param("triton", marks=needs_triton)]
