@@ -1,0 +1,88 @@
+"""Registration of GELU with torch.library.
+
+Who runs is decided inside, by device and dtype, so that a compiled program decides it too. Neither
+op has a derivative of its own: `api.gelu` does, and whoever calls them says what is saved.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maect_fast.kernels._common import gpu
+from maect_fast.kernels.gelu import reference
+
+__all__ = ["gelu", "gelu_backward", "triton_obstacle"]
+
+LIBRARY = torch.library.Library("maect_fast", "FRAGMENT")
+
+
+def triton_obstacle(h: Tensor, bias: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None."""
+    return gpu.obstacle(h) if bias is None else gpu.obstacle(h, bias)
+
+
+def _is_triton(backend: str, h: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels run: "auto" takes them on CUDA wherever they can."""
+    return backend == "triton" or (
+        backend == "auto" and h.is_cuda and triton_obstacle(h, bias) is None
+    )
+
+
+def _triton() -> ModuleType:
+    from maect_fast.kernels.gelu import triton_kernel
+
+    return triton_kernel
+
+
+def _forward(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    if not _is_triton(backend, h, bias):
+        return reference.gelu(h, bias).contiguous()
+    with gpu.current(h):
+        result: Tensor = _triton().forward(h, bias)
+    return result
+
+
+def _forward_fake(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return h.new_empty(h.shape)
+
+
+def _backward(
+    h: Tensor, bias: Tensor | None, dg: Tensor, need_g: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _is_triton(backend, h, bias):
+        dh, g, dbias = reference.gelu_backward(h, bias, dg, need_g)
+        return dh.contiguous(), g.contiguous(), dbias
+    with gpu.current(h):
+        result: tuple[Tensor, Tensor, Tensor] = _triton().backward(h, bias, dg, need_g)
+    return result
+
+
+def _backward_fake(
+    h: Tensor, bias: Tensor | None, dg: Tensor, need_g: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(h.dtype, torch.float32)
+    dbias = h.new_empty((0,) if bias is None else h.shape[-1:], dtype=wide)
+    return h.new_empty(h.shape), h.new_empty(h.shape if need_g else (0,)), dbias
+
+
+def _register(schema: str, implementation: Any, fake: Any) -> Any:
+    """Define an op without derivative and return it."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"maect_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.maect_fast, name).default
+
+
+gelu = _register("gelu_fwd(Tensor h, Tensor? bias, str backend) -> Tensor", _forward, _forward_fake)
+"""(h [..., D], bias [D] or None, backend) -> g [..., D] contiguous."""
+gelu_backward = _register(
+    "gelu_bwd(Tensor h, Tensor? bias, Tensor dg, bool need_g, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+"""(h, bias, dg, need_g, backend) -> dh, g, dbias: `reference.gelu_backward`, contiguous."""

@@ -1,0 +1,40 @@
+"""Definition of GELU with its bias in plain PyTorch, any float dtype up to fp64.
+
+Legend: M tokens, any number of leading dimensions; D features.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["gelu", "gelu_backward"]
+
+
+def gelu(h: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU, x Phi(x), of x = h + bias, [..., D] in the dtype of h; the sum is not rounded to it."""
+    return F.gelu(_sum(h, bias)).to(h.dtype)
+
+
+def gelu_backward(
+    h: Tensor, bias: Tensor | None, dg: Tensor, need_g: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of h in its dtype; g again if needed; the bias's gradient [D], in at least fp32.
+
+    What is not there is empty.
+    """
+    x = _sum(h, bias)
+    dx = torch.ops.aten.gelu_backward(dg.to(x.dtype), x)
+    g = F.gelu(x).to(h.dtype) if need_g else h.new_empty((0,))
+    dbias = x.new_empty((0,), dtype=_wide(h))
+    if bias is not None:
+        dbias = dx.flatten(0, -2).sum(0)
+    return dx.to(h.dtype), g, dbias
+
+
+def _sum(h: Tensor, bias: Tensor | None) -> Tensor:
+    """Without a bias h itself, of which PyTorch computes in fp32."""
+    return h if bias is None else h + bias.to(_wide(h))
+
+
+def _wide(h: Tensor) -> torch.dtype:
+    return torch.promote_types(h.dtype, torch.float32)
