@@ -59,7 +59,7 @@ class _GELU(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         h, bias = ctx.saved_tensors
         # An upstream gradient may have any layout; mostly nothing is copied.

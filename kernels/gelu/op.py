@@ -5,17 +5,15 @@ op has a derivative of its own: `api.gelu` does, and whoever calls them says wha
 """
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from maect_fast.kernels._common import gpu
+from maect_fast.kernels._common.library import register
 from maect_fast.kernels.gelu import reference
 
 __all__ = ["gelu", "gelu_backward", "triton_obstacle"]
-
-LIBRARY = torch.library.Library("maect_fast", "FRAGMENT")
 
 
 def triton_obstacle(h: Tensor, bias: Tensor | None) -> str | None:
@@ -67,19 +65,9 @@ def _backward_fake(
     return h.new_empty(h.shape), h.new_empty(h.shape if need_g else (0,)), dbias
 
 
-def _register(schema: str, implementation: Any, fake: Any) -> Any:
-    """Define an op without derivative and return it."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, key)
-    torch.library.register_fake(f"maect_fast::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.maect_fast, name).default
-
-
-gelu = _register("gelu_fwd(Tensor h, Tensor? bias, str backend) -> Tensor", _forward, _forward_fake)
+gelu = register("gelu_fwd(Tensor h, Tensor? bias, str backend) -> Tensor", _forward, _forward_fake)
 """(h [..., D], bias [D] or None, backend) -> g [..., D] contiguous."""
-gelu_backward = _register(
+gelu_backward = register(
     "gelu_bwd(Tensor h, Tensor? bias, Tensor dg, bool need_g, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _backward,

@@ -27,7 +27,7 @@ def gelu_backward(
     g = F.gelu(x).to(h.dtype) if need_g else h.new_empty((0,))
     dbias = x.new_empty((0,), dtype=_wide(h))
     if bias is not None:
-        dbias = dx.flatten(0, -2).sum(0)
+        dbias = dx.reshape(-1, dx.shape[-1]).sum(0)
     return dx.to(h.dtype), g, dbias
 
 

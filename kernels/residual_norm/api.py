@@ -97,7 +97,7 @@ class _ResidualNorm(torch.autograd.Function):
         return r_out, y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_dr = any(ctx.needs_input_grad[:3])
         _, branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes

@@ -5,17 +5,15 @@ op has a derivative of its own: `api.residual_norm` does, and whoever calls them
 """
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from maect_fast.kernels._common import gpu
+from maect_fast.kernels._common.library import register
 from maect_fast.kernels.residual_norm import reference
 
 __all__ = ["residual_norm", "residual_norm_backward", "triton_obstacle"]
-
-LIBRARY = torch.library.Library("maect_fast", "FRAGMENT")
 
 # Features of a row, all of which the kernels hold at once.
 MAX_FEATURES = 3072
@@ -121,24 +119,14 @@ def _backward_fake(
     return dr, dy.new_empty(dy.shape if need_y else (0,)), sums
 
 
-def _register(schema: str, implementation: Any, fake: Any) -> Any:
-    """Define an op without derivative and return it."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, key)
-    torch.library.register_fake(f"maect_fast::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.maect_fast, name).default
-
-
-residual_norm = _register(
+residual_norm = register(
     "residual_norm_fwd(Tensor r, Tensor? branch, Tensor? branch_bias, Tensor weight, Tensor bias,"
     " float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 """`reference.residual_norm` with a backend; results are contiguous."""
-residual_norm_backward = _register(
+residual_norm_backward = register(
     "residual_norm_bwd(Tensor dy, Tensor? dout, Tensor r_out, Tensor mean, Tensor rstd,"
     " Tensor weight, Tensor bias, bool need_dr, bool need_y, str backend)"
     " -> (Tensor, Tensor, Tensor)",

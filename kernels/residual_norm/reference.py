@@ -64,7 +64,7 @@ def residual_norm_backward(
     sums = [dweight, dbias]
     if need_dr:
         dx = dx if dout is None else dx + dout
-        sums.append(dx.flatten(0, -2).sum(0))
+        sums.append(dx.reshape(-1, dx.shape[-1]).sum(0))
         dr = dx.to(r_out.dtype)
     y = dy.new_empty((0,))
     if need_y:

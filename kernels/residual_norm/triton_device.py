@@ -73,7 +73,7 @@ def fwd_kernel(
             # The norm reads what the backward will read.
             x = out.to(tl.float32)
         acc += x
-        xs = xs + (x,)  # noqa: RUF005  Triton concatenates tuples, it cannot unpack them
+        xs = xs + (x,)
     mean = tl.sum(acc, axis=1) / D
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for c in tl.static_range(CHUNKS):
@@ -120,7 +120,7 @@ def bwd_kernel(
     zeros = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dweight = ()
     for _ in tl.static_range(CHUNKS):
-        dweight = dweight + (zeros,)  # noqa: RUF005
+        dweight = dweight + (zeros,)
     dbias = dweight
     dbranch_bias = dweight
     for start in range(part * span, tl.minimum(M, part * span + span), BLOCK_M):
@@ -135,13 +135,13 @@ def bwd_kernel(
             offs_d, mask = _chunk(c, mask_m, D, BLOCK_D)
             dy = _rows(dy_ptr, offs_m, offs_d, mask, stride_ym)
             xhat = (_rows(r_ptr, offs_m, offs_d, mask, stride_rm) - mean) * rstd
-            sums_w = sums_w + (dweight[c] + dy * xhat,)  # noqa: RUF005
-            sums_b = sums_b + (dbias[c] + dy,)  # noqa: RUF005
+            sums_w = sums_w + (dweight[c] + dy * xhat,)
+            sums_b = sums_b + (dbias[c] + dy,)
             dy *= _column(weight_ptr, offs_m, offs_d, mask)
             acc_1 += dy
             acc_xhat += dy * xhat
-            dys = dys + (dy,)  # noqa: RUF005
-            xhats = xhats + (xhat,)  # noqa: RUF005
+            dys = dys + (dy,)
+            xhats = xhats + (xhat,)
         dweight, dbias = sums_w, sums_b
         mean_1 = (tl.sum(acc_1, axis=1) / D)[:, None]
         mean_xhat = (tl.sum(acc_xhat, axis=1) / D)[:, None]
@@ -157,7 +157,7 @@ def bwd_kernel(
                 if HAS_DOUT:
                     dr += _rows(dout_ptr, offs_m, offs_d, mask, stride_om)
                 tl.store(dr_ptr + offs, dr, mask=mask)
-                sums_r = sums_r + (dbranch_bias[c] + dr,)  # noqa: RUF005
+                sums_r = sums_r + (dbranch_bias[c] + dr,)
         if NEED_DR:
             dbranch_bias = sums_r
     SUMS: tl.constexpr = 3 if NEED_DR else 2
