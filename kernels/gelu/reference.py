@@ -12,7 +12,9 @@ __all__ = ["gelu", "gelu_backward"]
 
 def gelu(h: Tensor, bias: Tensor | None) -> Tensor:
     """GELU, x Phi(x), of x = h + bias, [..., D] in the dtype of h; the sum is not rounded to it."""
-    return F.gelu(_sum(h, bias)).to(h.dtype)
+    if bias is None:
+        return F.gelu(h)
+    return torch.ops.aten.gelu_(_sum(h, bias)).to(h.dtype)
 
 
 def gelu_backward(
@@ -22,18 +24,19 @@ def gelu_backward(
 
     What is not there is empty.
     """
+    g = gelu(h, bias) if need_g else h.new_empty((0,))
+    if bias is None:
+        dh = torch.ops.aten.gelu_backward(dg.to(h.dtype), h)
+        return dh, g, h.new_empty((0,), dtype=_wide(h))
+    # In the place of the sum: on a CPU fresh memory costs as much as a pass.
     x = _sum(h, bias)
-    dx = torch.ops.aten.gelu_backward(dg.to(x.dtype), x)
-    g = F.gelu(x).to(h.dtype) if need_g else h.new_empty((0,))
-    dbias = x.new_empty((0,), dtype=_wide(h))
-    if bias is not None:
-        dbias = dx.reshape(-1, dx.shape[-1]).sum(0)
-    return dx.to(h.dtype), g, dbias
+    dx = torch.ops.aten.gelu_backward.grad_input(dg.to(x.dtype), x, grad_input=x)
+    return dx.to(h.dtype), g, dx.reshape(-1, dx.shape[-1]).sum(0)
 
 
-def _sum(h: Tensor, bias: Tensor | None) -> Tensor:
-    """Without a bias h itself, of which PyTorch computes in fp32."""
-    return h if bias is None else h + bias.to(_wide(h))
+def _sum(h: Tensor, bias: Tensor) -> Tensor:
+    """A new tensor."""
+    return h + bias.to(_wide(h))
 
 
 def _wide(h: Tensor) -> torch.dtype:

@@ -28,8 +28,12 @@ def residual_norm(
     wide = _wide(r)
     out, x = r.new_empty((0,)), r
     if branch is not None:
-        added = branch if branch_bias is None else branch + branch_bias.to(wide)
-        x = out = (r + added.to(wide)).to(r.dtype)
+        if branch_bias is None:
+            x = r.to(wide) + branch
+        else:
+            # On a CPU fresh memory costs as much as a pass.
+            x = (branch + branch_bias.to(wide)).add_(r)
+        x = out = x.to(r.dtype)
     shape = [r.shape[-1]]
     y, mean, rstd = torch.native_layer_norm(x.to(wide), shape, weight.to(wide), bias.to(wide), eps)
     return out, y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
@@ -60,16 +64,15 @@ def residual_norm_backward(
         *(upstream, x, [x.shape[-1]], mean[..., None], rstd[..., None], gamma, beta),
         [need_dr, True, True],
     )
-    dr = y = r_out.new_empty((0,))
+    dr = r_out.new_empty((0,))
     sums = [dweight, dbias]
     if need_dr:
-        dx = dx if dout is None else dx + dout
+        dx = dx if dout is None else dx.add_(dout)
         sums.append(dx.reshape(-1, dx.shape[-1]).sum(0))
         dr = dx.to(r_out.dtype)
     y = dy.new_empty((0,))
     if need_y:
-        xhat = (x - mean[..., None]) * rstd[..., None]
-        y = (xhat * gamma + beta).to(dy.dtype)
+        y = (x - mean[..., None]).mul_(rstd[..., None]).mul_(gamma).add_(beta).to(dy.dtype)
     return dr, y, torch.stack(sums)
 
 
