@@ -35,7 +35,7 @@ class Inputs:
     r: Tensor
     """[M, D], as are the next three."""
     branch: Tensor
-    dout: Tensor
+    dr_out: Tensor
     """Gradient of the sum."""
     dy: Tensor
     """Gradient of the norm's result."""
@@ -119,7 +119,7 @@ def _differentiate(x: Inputs, mode: str, forward: Forward) -> Call:
     r, branch, branch_bias, weight, bias = leaves = [t.detach().requires_grad_() for t in inputs]
 
     def backward(out: Tensor, y: Tensor, *, again: bool) -> Outputs:
-        grads = torch.autograd.grad([out, y], leaves, [x.dout, x.dy], retain_graph=again)
+        grads = torch.autograd.grad([out, y], leaves, [x.dr_out, x.dy], retain_graph=again)
         return dict(zip(NAMES, grads, strict=True))
 
     if mode == "bwd":

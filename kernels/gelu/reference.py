@@ -14,7 +14,9 @@ def gelu(h: Tensor, bias: Tensor | None) -> Tensor:
     """GELU, x Phi(x), of x = h + bias, [..., D] in the dtype of h; the sum is not rounded to it."""
     if bias is None:
         return F.gelu(h)
-    return torch.ops.aten.gelu_(_sum(h, bias)).to(h.dtype)
+    x = _sum(h, bias)
+    torch.ops.aten.gelu_(x)
+    return x.to(h.dtype)
 
 
 def gelu_backward(

@@ -98,13 +98,13 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dr_out: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_dr = any(ctx.needs_input_grad[:3])
         _, branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
         # Upstream gradients may have any layout; mostly nothing is copied.
         dr, _, (dweight, dbias, *rest) = op.residual_norm_backward(
             dy.contiguous(),
-            None if branch_dtype is None else dout.contiguous(),
+            None if branch_dtype is None else dr_out.contiguous(),
             *ctx.saved_tensors,
             need_dr,
             False,

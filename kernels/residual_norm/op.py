@@ -82,7 +82,7 @@ def _forward_fake(
 
 def _backward(
     dy: Tensor,
-    dout: Tensor | None,
+    dr_out: Tensor | None,
     r_out: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -92,7 +92,7 @@ def _backward(
     need_y: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (dy, dout, r_out, mean, rstd, weight, bias)
+    inputs = (dy, dr_out, r_out, mean, rstd, weight, bias)
     if not _is_triton(backend, *inputs, dtype=dy.dtype):
         dr, y, sums = reference.residual_norm_backward(*inputs, need_dr, need_y)
         return dr.contiguous(), y.contiguous(), sums
@@ -103,7 +103,7 @@ def _backward(
 
 def _backward_fake(
     dy: Tensor,
-    dout: Tensor | None,
+    dr_out: Tensor | None,
     r_out: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -127,7 +127,7 @@ residual_norm = register(
 )
 """`reference.residual_norm` with a backend; results are contiguous."""
 residual_norm_backward = register(
-    "residual_norm_bwd(Tensor dy, Tensor? dout, Tensor r_out, Tensor mean, Tensor rstd,"
+    "residual_norm_bwd(Tensor dy, Tensor? dr_out, Tensor r_out, Tensor mean, Tensor rstd,"
     " Tensor weight, Tensor bias, bool need_dr, bool need_y, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _backward,

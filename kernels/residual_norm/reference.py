@@ -41,7 +41,7 @@ def residual_norm(
 
 def residual_norm_backward(
     dy: Tensor,
-    dout: Tensor | None,
+    dr_out: Tensor | None,
     r_out: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -67,7 +67,7 @@ def residual_norm_backward(
     dr = r_out.new_empty((0,))
     sums = [dweight, dbias]
     if need_dr:
-        dx = dx if dout is None else dx.add_(dout)
+        dx = dx if dr_out is None else dx.add_(dr_out)
         sums.append(dx.reshape(-1, dx.shape[-1]).sum(0))
         dr = dx.to(r_out.dtype)
     y = dy.new_empty((0,))

@@ -93,7 +93,7 @@ def fwd_kernel(
 @triton.jit(do_not_specialize=["M", "span"])
 def bwd_kernel(
     dy_ptr,
-    dout_ptr,
+    dr_out_ptr,
     r_ptr,
     mean_ptr,
     rstd_ptr,
@@ -108,7 +108,7 @@ def bwd_kernel(
     stride_om,
     stride_rm,
     D: tl.constexpr,
-    HAS_DOUT: tl.constexpr,
+    HAS_DR_OUT: tl.constexpr,
     NEED_DR: tl.constexpr,
     NEED_Y: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -154,8 +154,8 @@ def bwd_kernel(
                 tl.store(y_ptr + offs, y, mask=mask)
             if NEED_DR:
                 dr = (dys[c] - mean_1 - xhats[c] * mean_xhat) * rstd
-                if HAS_DOUT:
-                    dr += _rows(dout_ptr, offs_m, offs_d, mask, stride_om)
+                if HAS_DR_OUT:
+                    dr += _rows(dr_out_ptr, offs_m, offs_d, mask, stride_om)
                 tl.store(dr_ptr + offs, dr, mask=mask)
                 sums_r = sums_r + (dbranch_bias[c] + dr,)
         if NEED_DR:

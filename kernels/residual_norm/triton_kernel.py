@@ -110,7 +110,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dout: Tensor | None,
+    dr_out: Tensor | None,
     r_out: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -132,10 +132,10 @@ def backward(
     part = dy.new_empty((num_parts, 3 if need_dr else 2, D), dtype=torch.float32)
     if num_parts > 0:
         bwd_kernel[(num_parts,)](
-            *(dy, dout, r_out, mean, rstd, weight, bias, dr, y, part, M, span),
-            *(_stride(dy), _stride(dout), _stride(r_out)),
+            *(dy, dr_out, r_out, mean, rstd, weight, bias, dr, y, part, M, span),
+            *(_stride(dy), _stride(dr_out), _stride(r_out)),
             D=D,
-            HAS_DOUT=dout is not None,
+            HAS_DR_OUT=dr_out is not None,
             NEED_DR=need_dr,
             NEED_Y=need_y,
             **row.options,

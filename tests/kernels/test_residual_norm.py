@@ -105,12 +105,12 @@ NAMES = ("dr", "dbranch", "dbranch_bias", "dweight", "dbias")
 
 
 def differentiate(
-    function: Any, inputs: Inputs, dout: Tensor, dy: Tensor, dtype: torch.dtype, **options: Any
+    function: Any, inputs: Inputs, dr_out: Tensor, dy: Tensor, dtype: torch.dtype, **options: Any
 ) -> dict[str, Tensor]:
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     out, y = function(*leaves, dtype, **options)
     given = {name: x for name, x in zip(NAMES, leaves, strict=True) if x is not None}
-    upstream = [dout.to(out.dtype), dy.to(y.dtype)]
+    upstream = [dr_out.to(out.dtype), dy.to(y.dtype)]
     grads = torch.autograd.grad([out, y], list(given.values()), upstream)
     return {"out": out.detach(), "y": y.detach(), **dict(zip(given, grads, strict=True))}
 
@@ -149,11 +149,11 @@ def test_results_and_gradients_against_fp64(
 ) -> None:
     skip_unless_interpreted(backend, device, stream, dtype)
     inputs = inputs_of(leading, D, stream, dtype, has=has, device=device)
-    dout = randn(*leading, D, device=device, dtype=stream, seed=5)
+    dr_out = randn(*leading, D, device=device, dtype=stream, seed=5)
     dy = randn(*leading, D, device=device, dtype=dtype, seed=6)
-    found = differentiate(fused, inputs, dout, dy, dtype, backend=backend)
-    eager = differentiate(naive, inputs, dout, dy, dtype)
-    ref64 = differentiate(naive, inputs.double(), dout, dy, torch.float64)
+    found = differentiate(fused, inputs, dr_out, dy, dtype, backend=backend)
+    eager = differentiate(naive, inputs, dr_out, dy, dtype)
+    ref64 = differentiate(naive, inputs.double(), dr_out, dy, torch.float64)
     for name, value in found.items():
         assert_within_budget(value, eager[name], ref64[name], name=name)
     assert found["y"].is_contiguous()
@@ -169,10 +169,10 @@ def test_what_the_backward_emits(
     x = inputs_of((3,), 200, stream, dtype, device=device)
     out, y, mean, rstd = op.residual_norm(*x, EPS, dtype, backend)
     assert mean.dtype == rstd.dtype == FP32
-    dout = randn(3, 200, device=device, dtype=stream, seed=5)
+    dr_out = randn(3, 200, device=device, dtype=stream, seed=5)
     dy = randn(3, 200, device=device, dtype=dtype, seed=6)
     saved = (out, mean, rstd, x.weight, x.bias)
-    dr, again, sums = op.residual_norm_backward(dy, dout, *saved, True, True, backend)
+    dr, again, sums = op.residual_norm_backward(dy, dr_out, *saved, True, True, backend)
     # PyTorch forms the product with rstd in another order.
     torch.testing.assert_close(again.float(), y.float(), atol=1e-6, rtol=torch.finfo(dtype).eps)
     assert sums.shape == (3, 200)
@@ -182,7 +182,7 @@ def test_what_the_backward_emits(
     assert torch.equal(two, sums[:2])
     alone, no_y, _ = op.residual_norm_backward(dy, None, *saved, True, False, backend)
     assert no_y.numel() == 0
-    error = (dr.double() - (alone.double() + dout.double())).abs()
+    error = (dr.double() - (alone.double() + dr_out.double())).abs()
     # Each was rounded once.
     assert (error <= torch.finfo(stream).eps / 2 * (alone.abs() + dr.abs()) + 1e-6).all()
 
@@ -245,12 +245,12 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("wanted", range(5))
 def test_gradients_of_some_inputs_alone(wanted: int, backend: Any) -> None:
     x = inputs_of((3,), 16)
-    dout, dy = randn(3, 16, seed=5), randn(3, 16, seed=6)
-    every = differentiate(fused, x, dout, dy, FP32, backend=backend)
+    dr_out, dy = randn(3, 16, seed=5), randn(3, 16, seed=6)
+    every = differentiate(fused, x, dr_out, dy, FP32, backend=backend)
     leaves = [t.detach() for t in x]  # type: ignore[union-attr]
     leaves[wanted].requires_grad_()
     out, y = fused(*leaves, FP32, backend=backend)
-    (found,) = torch.autograd.grad([out, y], leaves[wanted], [dout, dy])
+    (found,) = torch.autograd.grad([out, y], leaves[wanted], [dr_out, dy])
     assert torch.equal(found, every[NAMES[wanted]])
 
 
@@ -279,9 +279,9 @@ def test_strided_inputs_and_gradients(backend: Any, device: torch.device) -> Non
         D = r.shape[-1]
         x = inputs_of((1,), D, device=device)._replace(r=r, branch=branch)
         dy = torch.ones((), device=device).expand_as(r)
-        dout = randn(*reversed(r.shape), device=device).permute(*reversed(range(r.ndim)))
-        found = differentiate(fused, x, dout, dy, FP32, backend=backend)
-        expected = differentiate(naive, x, dout, dy, FP32)
+        dr_out = randn(*reversed(r.shape), device=device).permute(*reversed(range(r.ndim)))
+        found = differentiate(fused, x, dr_out, dy, FP32, backend=backend)
+        expected = differentiate(naive, x, dr_out, dy, FP32)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -301,11 +301,11 @@ def test_two_runs_are_bitwise_equal_and_programs_have_many_tiles(
     """On a small device a part of the columns' sums has many rows."""
     kernel = importlib.import_module("maect_fast.kernels.residual_norm.triton_kernel")
     x = inputs_of((9,), 48, device=device)
-    dout, dy = randn(9, 48, device=device, seed=5), randn(9, 48, device=device, seed=6)
-    many = differentiate(fused, x, dout, dy, FP32, backend="triton")
+    dr_out, dy = randn(9, 48, device=device, seed=5), randn(9, 48, device=device, seed=6)
+    many = differentiate(fused, x, dr_out, dy, FP32, backend="triton")
     monkeypatch.setattr(kernel, "num_multiprocessors", lambda _: 1)
     monkeypatch.setattr(kernel, "WARPS", 2)
-    first, second = (differentiate(fused, x, dout, dy, FP32, backend="triton") for _ in range(2))
+    first, second = (differentiate(fused, x, dr_out, dy, FP32, backend="triton") for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name])
         torch.testing.assert_close(value, many[name])
@@ -484,9 +484,9 @@ def test_opcheck(has: str, backend: Any, device: torch.device) -> None:
     torch.library.opcheck(op.residual_norm, (*x, EPS, FP16, backend))
     _, y, mean, rstd = op.residual_norm(*x, EPS, FP16, backend)
     is_first = has == "nothing"
-    dout = None if is_first else x.r
+    dr_out = None if is_first else x.r
     saved = (x.r, mean, rstd, x.weight, x.bias)
-    arguments = (y, dout, *saved, not is_first, is_first, backend)
+    arguments = (y, dr_out, *saved, not is_first, is_first, backend)
     torch.library.opcheck(op.residual_norm_backward, arguments)
 
 
@@ -505,9 +505,9 @@ def test_compiles_without_graph_breaks(backend: Any, device: torch.device) -> No
     compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
     for B in (4, 4, 3):
         x = inputs_of((B, 3), 8, device=device)
-        dout, dy = randn(B, 3, 8, device=device, seed=5), randn(B, 3, 8, device=device, seed=6)
-        found = differentiate(compiled, x, dout, dy, FP32, backend=backend)
-        expected = differentiate(two, x, dout, dy, FP32, backend=backend)
+        dr_out, dy = randn(B, 3, 8, device=device, seed=5), randn(B, 3, 8, device=device, seed=6)
+        found = differentiate(compiled, x, dr_out, dy, FP32, backend=backend)
+        expected = differentiate(two, x, dr_out, dy, FP32, backend=backend)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
