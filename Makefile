@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST_TRITON := $(CURDIR)/build/triton-newest
 CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
+# Tests that share what is made once for them stay together.
+PYTEST := $(BIN)/python -m pytest -x -q --dist loadgroup
+# What `make ci` runs and times.
+STAGES := lint type machine-code test
 SANITIZED := build/sanitize
 SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
@@ -33,14 +37,16 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(CPP)
 demo: install ## tune a model on real digits, three minutes on two cores, and show what it gained
 	$(BIN)/maect-fast demo
 
+# Where Triton sees a GPU it compiles, and interprets nothing: these run as if there were none.
 test: install ## the tests, without those marked slow
-	$(BIN)/python -m pytest -x -q -m "not slow"
+	CUDA_VISIBLE_DEVICES= $(PYTEST) -n auto --maxprocesses 8 -m "not slow"
 
-test-slow: install ## the tests marked slow: packaging, long runs
-	$(BIN)/python -m pytest -x -q -m slow
+test-slow: install ## the tests marked slow: packaging, long runs, interpreted kernels at many sizes
+	CUDA_VISIBLE_DEVICES= $(PYTEST) -n auto --maxprocesses 8 -m slow
 
+# Of these most of the time is the compiler's.
 test-gpu: install ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -x -q -m gpu
+	$(PYTEST) -n 4 -m gpu
 
 lint: install ## check style: ruff, clang-format, codespell
 	$(BIN)/ruff check .
@@ -59,7 +65,7 @@ fmt: install ## rewrite the sources in the project's style
 bench: install ## time every op beside its peers, into benchmarks/results; OP=name for one
 	$(BIN)/maect-fast bench --out benchmarks/results $(if $(OP),--op $(OP))
 
-gpu: install ## on a GPU: check, tests, benchmarks, profile, in ten minutes; OUT=folder
+gpu: install ## on a GPU: check, benchmarks, whole updates, tests, trace, in six minutes; OUT=folder
 	PYTHON=$(CURDIR)/$(BIN)/python bash benchmarks/gpu.sh
 
 machine-code: install ## check machine code: Triton kernels for sm_80 and sm_90, the C++ library
@@ -87,7 +93,12 @@ sanitize: install ## the tests of the C++ kernels with its memory accesses and a
 		--cpp-library=$(SANITIZED)/_C.so \
 		tests/kernels/test_cpp.py tests/kernels/test_queue_topk.py tests/kernels/test_info_nce.py
 
-ci: lint type machine-code test ## everything that a change must pass
+ci: install ## everything that a change must pass: lint, type, machine-code, test
+	@for stage in $(STAGES); do \
+		began=$$(date +%s); \
+		$(MAKE) --no-print-directory $$stage || exit 1; \
+		echo "== $$stage: $$(($$(date +%s) - began)) s"; \
+	done
 
 clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info kernels/_C.so .pytest_cache .mypy_cache .ruff_cache

@@ -4,13 +4,15 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from functools import partial
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maect_fast.benchmarks.check import check
+from maect_fast.benchmarks.base import compare
+from maect_fast.benchmarks.check import check, own_call
 from maect_fast.benchmarks.figures import draw
 from maect_fast.benchmarks.ops import OPS
 from maect_fast.benchmarks.registry import OURS, Op, Sizes
@@ -24,8 +26,9 @@ from maect_fast.benchmarks.results import (
     read_folder,
 )
 from maect_fast.benchmarks.run import floor_rows, measure_op
-from maect_fast.benchmarks.table import markdown, summary
+from maect_fast.benchmarks.table import markdown, reasons, summary
 from maect_fast.benchmarks.trace import trace_op
+from maect_fast.benchmarks.warm import compile_ahead
 
 __all__ = ["main"]
 
@@ -35,6 +38,7 @@ examples:
   maect-fast bench                                      every op at this device's shapes
   maect-fast bench --op masked_attention --set quick    a first look
   maect-fast bench --op queue_topk --shape B=512,Q=65536,D=256,K=20 --provider maect-fast eager
+  maect-fast bench --base HEAD~1 --op info_nce          ours beside another commit's
   maect-fast bench table runs/bench/<device>            the results as Markdown
   maect-fast bench plot runs/bench/<device>             the pictures again, from the CSV files
   maect-fast bench step --recipe digits                 images/s and MFU of training updates
@@ -46,7 +50,14 @@ examples:
 def main(arguments: Sequence[str] | None = None, *, prog: str = "maect-fast bench") -> int:
     """Run one command; 1 where our own op failed its gate, 2 for a usage error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"check": _check, "trace": _trace, "plot": _plot, "table": _table, "step": _step}
+    commands = {
+        "check": _check,
+        "trace": _trace,
+        "plot": _plot,
+        "table": _table,
+        "step": _step,
+        "host": _host,
+    }
     try:
         if words and words[0] in commands:
             return commands[words[0]](words[1:])
@@ -62,6 +73,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "maect-fast benc
 
 def _bench(words: Sequence[str], prog: str) -> int:
     options = _parser(prog).parse_args(words)
+    if options.base is not None:
+        return _base(words, options)
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {options.threads}")
@@ -73,29 +86,54 @@ def _bench(words: Sequence[str], prog: str) -> int:
     folder = options.out / device_folder(device)
     deadline = time.monotonic() + 60 * options.minutes
 
-    rows = floor_rows(dtypes, device)
-    append_rows(folder / f"{FLOORS}.csv", rows)
-    _report(f"{folder.name}: " + ", ".join(_rate(row) for row in rows))
+    modes = {op.name: _chosen(options.mode, op.modes) for op, _ in plan}
+    compile_ahead(
+        (
+            own_call(op, sizes, mode, dtype, device)
+            for dtype in dtypes
+            for op, sizes in plan
+            for mode in modes[op.name]
+        ),
+        device,
+        _report,
+    )
+    rows: list[Row] = []
     for dtype in dtypes:
         for op, sizes in plan:
             if time.monotonic() > deadline:
                 _report(f"left out after {options.minutes:g} minutes: {op.name} {dict(sizes)}")
                 continue
-            modes = _chosen(options.mode, op.modes)
+            if not rows:
+                rows = floor_rows(dtypes, device)
+                append_rows(folder / f"{FLOORS}.csv", rows)
+                _report(f"{folder.name}: " + ", ".join(_rate(row) for row in rows))
             providers = _chosen(options.provider, op.providers)
-            measured = list(measure_op(op, sizes, dtype, device, modes=modes, providers=providers))
-            # After every shape, so that an interrupted run keeps what it has.
-            append_rows(folder / f"{op.name}.csv", measured)
-            rows += measured
-            for case in by_case(measured):
-                _report(_line(case))
+            every = measure_op(op, sizes, dtype, device, modes=modes[op.name], providers=providers)
+            for _, rows_of_mode in groupby(every, key=lambda row: row.mode):
+                measured = list(rows_of_mode)
+                # After every mode, so that an interrupted run keeps what it has.
+                append_rows(folder / f"{op.name}.csv", measured)
+                rows += measured
+                _report(_line(by_case(measured)[0]))
+    if not rows:
+        return 0
     print(summary(rows))
+    if missing := reasons([row for row in rows if row.provider != OURS]):
+        print(f"\nWithout a time:\n{missing}")
     try:
         draw(folder, folder)
         _report(f"results and pictures are in {folder}")
     except ModuleNotFoundError as error:
         _report(f"results are in {folder}; {error}")
     return 1 if any(row.provider == OURS and row.reason for row in rows) else 0
+
+
+def _base(words: Sequence[str], options: argparse.Namespace) -> int:
+    """The same for two commits in turn."""
+    # A wrong shape is told before anything is built.
+    _plan(options, _device(options.device))
+    print(compare(options.base, words, _report))
+    return 0
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -129,6 +167,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="start no new shape after this long"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="REV",
+        help="only ours, beside another commit of this checkout: both in turn, and the ratio",
     )
     parser.add_argument(
         "--out",
@@ -202,9 +245,12 @@ def _check(words: Sequence[str]) -> int:
         prog="maect-fast bench check", description="Run every op against its definition in fp64."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if any")
+    parser.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS))
+    options = parser.parse_args(words)
     all_right = True
-    for line, right in check(_device(parser.parse_args(words).device)):
-        print(line, flush=True)
+    tell = partial(print, flush=True)
+    for line, right in check(_device(options.device), options.op, tell):
+        tell(line)
         all_right &= right
     return 0 if all_right else 1
 
@@ -258,6 +304,12 @@ def _table(words: Sequence[str]) -> int:
     return 0
 
 
+def _host(words: Sequence[str]) -> int:
+    from maect_fast.benchmarks import host
+
+    return host.main(words)
+
+
 def _step(words: Sequence[str]) -> int:
     # It needs the front end and its packages.
     from maect_fast.benchmarks import step
@@ -267,13 +319,17 @@ def _step(words: Sequence[str]) -> int:
 
 def _line(rows: Sequence[Row]) -> str:
     """One measurement in words, as progress."""
-    first, peer = rows[0], best_peer(rows)
+    first = rows[0]
     ours = next((row for row in rows if row.provider == OURS), None)
     parts = [f"{first.op} {first.dtype} {first.shape} {first.mode}:"]
-    if ours is not None:
-        parts.append(f"{ours.p50_ms:.3g} ms" if ours.p50_ms else ours.reason)
-    if peer is not None:
-        parts.append(f"(best peer {peer.provider} {peer.p50_ms:.3g} ms)")
+    if ours is not None and ours.p50_ms is None:
+        parts.append(ours.reason)
+    for column, words in (("p50_ms", ""), ("graph_ms", "kernels ")):
+        peer, own = best_peer(rows, column), getattr(ours, column, None)
+        if own is not None:
+            parts.append(f"{words}{own:.3g} ms")
+        if peer is not None:
+            parts.append(f"(best peer {peer.provider} {getattr(peer, column):.3g} ms)")
     return " ".join(parts)
 
 

@@ -130,7 +130,7 @@ def _bars(cases: Sequence[Case]) -> "Figure":
         _bar_panel(axes[place], case, providers, names=line not in lines)
         lines.add(line)
     looks = {"p20 to p80": {"color": BLACK, "linewidth": 1}, FLOOR: _look(FLOOR)}
-    _caption(figure, cases, "median time in ms", looks)
+    _caption(figure, cases, "median time of a call in ms, host included", looks)
     return figure
 
 
@@ -176,7 +176,7 @@ def _scaling(curves: Mapping[Place, tuple[str, list[Case]]]) -> "Figure":
         _scaling_panel(axes[place], letter, cases)
     cases = [case for _, members in curves.values() for case in members]
     looks = {name: _look(name) for name in (*_providers(cases), FLOOR)}
-    _caption(figure, cases, "median time in ms", looks)
+    _caption(figure, cases, "median time of a call in ms, host included", looks)
     return figure
 
 

@@ -1,6 +1,6 @@
 """What this device can do at best: memory bandwidth and matrix rate, measured with random data."""
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,9 @@ def bandwidth(device: torch.device) -> float:
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP per second of a square matrix product in `dtype`, by the faster of torch's libraries."""
     side = GEMM_SIDE[device.type]
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
+    a, b = (draw(side, side).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)
     seconds = _seconds(lambda: {"out": torch.mm(a, b, out=out)}, device)

@@ -28,6 +28,7 @@ __all__ = [
     "UnavailableError",
     "check_budget",
     "import_peer",
+    "judged_samples",
 ]
 
 Inputs = TypeVar("Inputs")
@@ -39,6 +40,8 @@ Call: TypeAlias = Callable[[], Outputs]
 """What is timed: it computes the outputs anew each time."""
 
 EAGER = "eager"
+JUDGED_NUMBERS = 1 << 26
+"""A truth's largest tensor, in numbers: 512 MiB in fp64."""
 
 
 class UnavailableError(Exception):
@@ -71,7 +74,8 @@ class Op(Generic[Inputs]):
     """Fresh random inputs."""
     definition: Callable[[Inputs, str, torch.dtype], Outputs]
     """The op in plain PyTorch in a dtype: the truth in fp64, the measure of the error budget in
-    the dtype of the inputs; perhaps of some samples only, which `check` then picks."""
+    the dtype of the inputs; where samples do not depend on each other of the judged ones, which
+    `check` then picks."""
     check: Callable[[Inputs, Outputs, Outputs, Outputs], None]
     """The gate: (inputs, found, eager, truth), the latter two by `definition`. The first line of
     its AssertionError is the reason why a provider gets no time."""
@@ -82,6 +86,8 @@ class Op(Generic[Inputs]):
     products_dtype: torch.dtype | None = None
     """Where products in this dtype are faster than in that of the inputs, they are the floor: what
     a result needs in full precision may be few of them."""
+    row_letters: Mapping[str, str] = field(default_factory=dict)
+    """How launch rows call a dimension where that is not its letter here."""
     providers: dict[str, Provider[Inputs]] = field(default_factory=dict)
     """By name, in order of registration."""
 
@@ -95,6 +101,26 @@ class Op(Generic[Inputs]):
             return make
 
         return register
+
+
+def judged_samples(count: int, numbers_each: int, device: torch.device) -> Tensor:
+    """The samples of `count` that a gate judges, ascending: all, if their truths are small enough.
+
+    Else as many as are, the first and last two, where tiles and offsets go wrong, and others drawn
+    with a fixed seed: the same in every run.
+
+    Args:
+        count: samples that do not depend on each other.
+        numbers_each: what a sample adds to the largest tensor of the truth.
+        device: of the result.
+    """
+    most = max(4, JUDGED_NUMBERS // numbers_each)
+    if count <= most:
+        return torch.arange(count, device=device)
+    generator = torch.Generator().manual_seed(count)
+    drawn = 2 + torch.randperm(count - 4, generator=generator)[: most - 4]
+    ends = torch.tensor([0, 1, count - 2, count - 1])
+    return torch.cat((ends, drawn)).sort().values.to(device)
 
 
 def check_budget(found: Outputs, eager: Outputs, truth: Outputs) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
@@ -29,6 +29,7 @@ __all__ = [
     "FLOORS",
     "KEY",
     "OURS",
+    "WIDE",
     "Environment",
     "Row",
     "append_rows",
@@ -52,6 +53,9 @@ FLOORS = "floors"
 
 KEY = ("op", "provider", "mode", "dtype", "B", "H", "M", "N", "D", "Q", "K")
 """Columns that say what was measured: a file holds the newest measurement of each."""
+
+# From p20 to p80 over p50: a measurement that spreads wider is to be repeated.
+WIDE = 0.2
 
 # Within an op: models (H, D), neighbours, then the sizes that scaling curves run over.
 SIZE_ORDER = "HDKQNMB"
@@ -89,6 +93,7 @@ class Row:
     Q: int | None = None
     K: int | None = None
     p50_ms: float | None = None
+    """Of an eager call; on a GPU, too, with what the host needs for it."""
     p20_ms: float | None = None
     p80_ms: float | None = None
     gbps: float | None = None
@@ -128,9 +133,21 @@ class Row:
         return {letter: size for letter, size in sizes.items() if size is not None}
 
     @property
+    def kernels_ms(self) -> float | None:
+        """Time on the device: of the replayed graph, without one that of the call."""
+        return self.p50_ms if self.graph_ms is None else self.graph_ms
+
+    @property
     def of_floor(self) -> float | None:
         """Fraction of the floor that was reached: 1 is as fast as the machine allows."""
-        return self.floor_ms / self.p50_ms if self.floor_ms and self.p50_ms else None
+        return self.floor_ms / self.kernels_ms if self.floor_ms and self.kernels_ms else None
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the repetitions differ so much that p50 says little."""
+        if self.p50_ms is None or self.p20_ms is None or self.p80_ms is None:
+            return False
+        return self.p80_ms - self.p20_ms > WIDE * self.p50_ms
 
 
 def append_rows(
@@ -141,7 +158,8 @@ def append_rows(
     Args:
         path: made, with its folder, if there is none; replaced as a whole.
         rows: dataclasses of one type, whose fields are the columns.
-        key: the columns that say what was measured.
+        key: the columns that say what was measured; those whose fields have a default may be
+            missing in an older file.
 
     Raises:
         ValueError: the file is another kind of table.
@@ -149,7 +167,13 @@ def append_rows(
     if not rows:
         return
     columns = [field.name for field in fields(rows[0])]
-    lines = _read(path, key) if path.exists() else []
+    defaults = {
+        field.name: _text(field.default)
+        for field in fields(rows[0])
+        if field.default is not MISSING
+    }
+    required = [name for name in key if name not in defaults]
+    lines = [defaults | line for line in _read(path, required)] if path.exists() else []
     lines += [{name: _text(getattr(row, name)) for name in columns} for row in rows]
     newest = {tuple(line.get(name, "") for name in key): line for line in lines}
     table = io.StringIO()
@@ -212,10 +236,11 @@ def timed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.p50_ms is not None]
 
 
-def best_peer(case: Iterable[Row]) -> Row | None:
-    """The fastest provider but ours; "maect-fast int8" and the like are ours, too."""
+def best_peer(case: Iterable[Row], time: str = "p50_ms") -> Row | None:
+    """The fastest provider but ours, by a column; "maect-fast int8" and the like are ours, too."""
     peers = [row for row in timed(case) if row.provider.split()[0] != OURS]
-    return min(peers, key=lambda row: row.p50_ms or math.inf, default=None)
+    peers = [row for row in peers if getattr(row, time) is not None]
+    return min(peers, key=lambda row: getattr(row, time), default=None)
 
 
 def device_name(rows: Iterable[Row]) -> str:

@@ -1,26 +1,31 @@
 """Images per second and MFU of whole training updates: `maect-fast bench step`.
 
-Timed is the engine's own update on a batch that lies on the device; what making a batch costs is
-reported beside it. MFU, the model FLOPs utilisation, is the model's FLOPs per second over the
-matrix rate measured here: what an implementation leaves out counts for it, what it computes twice
-counts against it.
+Timed is the engine's own update on a batch that lies on the device, and in stage 3 beside it the
+same update in stock PyTorch (`stock.py`); what making a batch costs is reported beside it. MFU, the
+model FLOPs utilisation, is the model's FLOPs per second over the matrix rate measured here: what an
+implementation leaves out counts for it, what it computes twice counts against it.
 """
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
-from typing import TYPE_CHECKING
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maect_fast.benchmarks.floors import matrix_rate
-from maect_fast.benchmarks.results import append_rows, device_folder, environment_columns
+from maect_fast.benchmarks.results import OURS, append_rows, device_folder, environment_columns
 from maect_fast.benchmarks.table import number
 
 if TYPE_CHECKING:
@@ -37,7 +42,13 @@ WARMUP = 3
 # Settings that the results show anyhow.
 HAVE_COLUMNS = ("batch_size", "device", "precision", "threads")
 # Columns that say what was measured.
-KEY = ("recipe", "overrides", "stage", "batch_size", "dtype", "gpu", "cpu", "threads")
+KEY = (
+    *("recipe", "overrides", "stage", "batch_size", "dtype", "gpu", "cpu", "threads"),
+    *("provider", "compiled"),
+)
+STOCK = "stock"
+# Updates whose enqueueing is timed, each on an idle device.
+HOST_UPDATES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +113,14 @@ class StepRow:
     date: str
     cpu: str
     threads: int
+    provider: str = OURS
+    compiled: str = ""
+    """What torch.compile was asked for: the transformer "blocks", or nothing."""
+    launches: int | None = None
+    """Per update: what the GPU is given, kernels and copies; on a CPU operator calls."""
+    host_ms: float | None = None
+    """From an idle GPU until the last launch of an update is enqueued; None on a CPU. CUDA's queue
+    holds about a thousand launches: a longer update waits in it for the device."""
 
 
 def update_flops(model: "PretrainModel | ContrastiveModel", config: "Config") -> UpdateFlops:
@@ -163,7 +182,13 @@ def _linear_flops(module: nn.Module, num_rows: int) -> int:
 
 
 def measure_step(
-    recipe: str, config: "Config", *, overrides: Sequence[str], num_updates: int
+    recipe: str,
+    config: "Config",
+    *,
+    overrides: Sequence[str],
+    num_updates: int,
+    provider: str = OURS,
+    compile_blocks: bool = False,
 ) -> StepRow:
     """Time updates with random weights on synthetic images.
 
@@ -172,6 +197,8 @@ def measure_step(
         config: the recipe with the overrides.
         overrides: for the row.
         num_updates: how many are timed, at least two, after some that are not.
+        provider: ours or stock PyTorch.
+        compile_blocks: of stock PyTorch.
     """
     from maect_fast.training.distributed import init_world
     from maect_fast.training.engine import _update, matrix_dtype
@@ -180,13 +207,26 @@ def measure_step(
     world = init_world(config.device)
     device, dtype = world.device, matrix_dtype(config, world.device)
     batch, data_seconds = _batch(config, world)
-    state = build_stage(config, world, total=WARMUP + num_updates)
+    update: Callable[[], object]
+    if provider == STOCK:
+        from maect_fast.benchmarks.stock import StockTuning
+
+        images = (batch.views, batch.sample_id)
+        stock = StockTuning(config, device, dtype, compile_blocks=compile_blocks, batch=images)
+        update = stock.update
+        # For the number of FLOPs only.
+        with torch.device("meta"):
+            model = build_stage(config, replace(world, device=torch.device("meta")), total=1).model
+    else:
+        state = build_stage(config, world, total=WARMUP + num_updates + HOST_UPDATES + 1)
+        model = state.model
+        update = partial(_update, state, model, batch, world)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = _seconds(lambda: _update(state, state.model, batch, world), num_updates, device)
+    seconds = _seconds(update, num_updates, device)
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     deciles = quantiles(seconds, n=10, method="inclusive")
-    flops = update_flops(state.model, config)
+    flops = update_flops(model, config)
     rate, best = config.batch_size * flops.total / deciles[4], matrix_rate(dtype, device)
     return StepRow(
         recipe=recipe,
@@ -207,7 +247,52 @@ def measure_step(
         mfu=rate / best,
         peak_mib=peak,
         data_ms=1e3 * data_seconds,
+        provider=provider,
+        compiled="blocks" if provider == STOCK and compile_blocks else "",
+        host_ms=_host_ms(update, device),
+        launches=_launches(update, device),
         **environment_columns(device),
+    )
+
+
+def _host_ms(update: Callable[[], object], device: torch.device) -> float | None:
+    """Median time until an update is enqueued."""
+    if device.type != "cuda":
+        return None
+    times = []
+    for _ in range(HOST_UPDATES):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        update()
+        times.append(time.perf_counter() - began)
+    torch.cuda.synchronize(device)
+    return 1e3 * median(times)
+
+
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operator calls below autograd."""
+
+    count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _launches(update: Callable[[], object], device: torch.device) -> int:
+    """Of one update."""
+    if device.type != "cuda":
+        calls = _Calls()  # type: ignore[no-untyped-call]
+        with calls:
+            update()
+        return calls.count
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
+        update()
+        torch.cuda.synchronize(device)
+    # Named ranges, as that of an optimiser's step, come as events of the device, too.
+    return sum(
+        event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        for event in recorded.events() or ()
     )
 
 
@@ -263,6 +348,9 @@ HEADER = {
     "MFU": "---:",
     "peak MiB": "---:",
     "data ms": "---:",
+    "provider": "---",
+    "launches": "---:",
+    "host ms": "---:",
 }
 
 
@@ -280,6 +368,9 @@ def _cells(row: StepRow) -> list[str]:
         f"{row.mfu:.1%}",
         number(row.peak_mib),
         number(row.data_ms),
+        f"{row.provider}, {row.compiled} compiled" if row.compiled else row.provider,
+        number(row.launches),
+        number(row.host_ms),
     ]
 
 
@@ -304,17 +395,43 @@ def main(words: Sequence[str]) -> int:
     for recipe, config in configs.items():
         torch.set_num_threads(config.threads or all_threads)
         matrix_rate.cache_clear()  # it depends on the threads
-        try:
-            row = measure_step(recipe, config, overrides=overrides, num_updates=options.updates)
-        except torch.OutOfMemoryError:
-            size = config.batch_size
-            print(f"{recipe}: out of memory, give less than batch_size={size}", file=sys.stderr)
-            code = 1
-            continue
-        print(f"| {' | '.join(_cells(row))} |", flush=True)
-        folder = options.out / device_folder(resolve_device(config.device))
-        append_rows(folder / "step.csv", [row], key=KEY)
+        device = resolve_device(config.device)
+        compile_blocks = options.compile_blocks
+        if compile_blocks is None:
+            compile_blocks = device.type == "cuda"
+        rows = {}
+        for provider in options.provider:
+            try:
+                rows[provider] = row = measure_step(
+                    recipe,
+                    config,
+                    overrides=overrides,
+                    num_updates=options.updates,
+                    provider=provider,
+                    compile_blocks=compile_blocks,
+                )
+            except torch.OutOfMemoryError:
+                who = recipe if provider == OURS else f"{recipe}, {provider}"
+                size = config.batch_size
+                print(f"{who}: out of memory, give less than batch_size={size}", file=sys.stderr)
+                code = 1
+                continue
+            finally:
+                _release(device)
+            print(f"| {' | '.join(_cells(row))} |", flush=True)
+            append_rows(options.out / device_folder(device) / "step.csv", [row], key=KEY)
+        if rows.keys() >= {OURS, STOCK}:
+            ratio = number(rows[OURS].p50_ms / rows[STOCK].p50_ms)
+            print(f"{recipe}: an update of {OURS} takes {ratio} times as long as {STOCK}'s")
     return code
+
+
+def _release(device: torch.device) -> None:
+    """Give the memory of one program to the next."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -332,6 +449,17 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default="tune",
         help="default: tune",
     )
+    parser.add_argument(
+        "--provider",
+        nargs="+",
+        choices=(OURS, STOCK),
+        help=f"default: {OURS}, and beside tune {STOCK}: the same in stock PyTorch",
+    )
+    parser.add_argument(
+        "--compile-blocks",
+        action=argparse.BooleanOptionalAction,
+        help=f"torch.compile for each of {STOCK}'s blocks; default: on a GPU",
+    )
     parser.add_argument("--updates", type=int, default=20, help="that are timed; default: 20")
     parser.add_argument(
         "--out",
@@ -339,13 +467,15 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default=Path("runs/bench"),
         help="default: runs/bench; in it a folder per device with step.csv",
     )
-    options, rest = parser.parse_known_args(words)
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    # First, or --recipe and --provider take those that follow them.
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    options, unknown = parser.parse_known_args([word for word in words if word not in overrides])
     if unknown:
         parser.error(f"not known: {' '.join(unknown)}")
     if options.updates < 2:
         parser.error(f"--updates: expected at least 2, got {options.updates}")
-    # --recipe takes the overrides that follow it, too.
-    overrides = [word for word in (*options.recipe, *rest) if "=" in word]
-    options.recipe = [word for word in options.recipe if "=" not in word]
+    if options.provider is None:
+        options.provider = [OURS, STOCK] if options.stage == "tune" else [OURS]
+    if STOCK in options.provider and options.stage != "tune":
+        parser.error(f"--provider: {STOCK} does tune only, got {options.stage}")
     return options, overrides

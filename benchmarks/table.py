@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from maect_fast.benchmarks.results import (
     FLOORS,
     OURS,
+    WIDE,
     Row,
     best_peer,
     by_case,
@@ -14,17 +15,20 @@ from maect_fast.benchmarks.results import (
     timed,
 )
 
-__all__ = ["markdown", "summary"]
+__all__ = ["columns_table", "markdown", "reasons", "summary"]
 
+# The time of a call, and that of its kernels alone, which only a GPU has.
+CALL, KERNELS = "p50_ms", "graph_ms"
 # Heading and cell of what a row of the full table says beside shape, mode and provider.
-COLUMNS: dict[str, Callable[[Row, Row | None], str]] = {
-    "p50 (p20-p80), ms": lambda row, peer: _spread(row),
-    "GB/s": lambda row, peer: number(row.gbps),
-    "TFLOP/s": lambda row, peer: number(row.tflops),
-    "of floor": lambda row, peer: _percent(row.of_floor),
-    "to best peer": lambda row, peer: number(_ratio(row, peer)),
-    "peak, MiB": lambda row, peer: number(row.peak_mib),
-    "graph, ms": lambda row, peer: number(row.graph_ms),
+COLUMNS: dict[str, Callable[[Row, Sequence[Row]], str]] = {
+    "p50 (p20-p80), ms": lambda row, case: _spread(row),
+    "to best peer": lambda row, case: number(_ratio(row, case, CALL)),
+    "kernels, ms": lambda row, case: number(row.graph_ms),
+    "kernels to best peer": lambda row, case: number(_ratio(row, case, KERNELS)),
+    "GB/s": lambda row, case: number(_on_device(row, row.gbps)),
+    "TFLOP/s": lambda row, case: number(_on_device(row, row.tflops)),
+    "of floor": lambda row, case: _percent(row.of_floor),
+    "peak, MiB": lambda row, case: number(row.peak_mib),
 }
 
 
@@ -42,25 +46,35 @@ def markdown(rows: Sequence[Row]) -> str:
     for (op, dtype), cases in tables.items():
         members = [row for case in cases for row in case]
         parts.append(f"### {op}, {dtype}\n\n{device_name(members)}; {provenance(members)}.")
-        parts.append(_table(["shape", "mode", "provider", *COLUMNS], _lines(cases), left=3))
-        parts.append(_notes(members, "provider"))
+        parts.append(columns_table(["shape", "mode", "provider", *COLUMNS], _lines(cases), left=3))
+        parts += [_legend(members), _notes(members, "provider")]
     return "\n\n".join(filter(None, parts))
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line per op, dtype, shape and mode: ours beside the best peer."""
-    header = ["op", "dtype", "shape", "mode", "best peer", "its ms", f"{OURS}, ms"]
-    header += ["to best peer", "of floor"]
+    """One line per op, dtype, shape and mode: ours beside the best peer, calls and kernels."""
+    header = ["op", "dtype", "shape", "mode", "best peer", "its ms", f"{OURS}, ms", "to best peer"]
+    header += ["best peer's kernels", "their ms", f"{OURS}, kernels, ms", "kernels to best peer"]
     lines = []
     for case in by_case(rows):
-        first, peer = case[0], best_peer(case)
+        first = case[0]
         ours = first if first.provider == OURS else None
         line = [f"`{first.op}`", first.dtype, first.shape, first.mode]
-        line += [peer.provider, number(peer.p50_ms)] if peer else ["", ""]
-        line += [number(ours.p50_ms), number(_ratio(ours, peer))] if ours else ["", ""]
+        for time in (CALL, KERNELS):
+            peer = best_peer(case, time)
+            line += [peer.provider, number(getattr(peer, time))] if peer else ["", ""]
+            text = number(getattr(ours, time)) if ours else ""
+            line.append(f"{text} wide" if time == CALL and ours and ours.is_wide else text)
+            line.append(number(_ratio(ours, case, time)) if ours else "")
         lines.append([*line, _percent(ours.of_floor) if ours else ""])
-    notes = _notes([row for row in rows if row.provider == OURS], "op")
-    return "\n\n".join(filter(None, [_table(header, lines, left=5), notes]))
+    ours_rows = [row for row in rows if row.provider == OURS]
+    table = columns_table([*header, "of floor"], lines, left=5)
+    return "\n\n".join(filter(None, [table, _legend(ours_rows), _notes(ours_rows, "op")]))
+
+
+def reasons(rows: Sequence[Row]) -> str:
+    """Who has no time, and why."""
+    return _notes(rows, "provider")
 
 
 def number(value: float | None) -> str:
@@ -73,14 +87,13 @@ def number(value: float | None) -> str:
 def _lines(cases: Iterable[Sequence[Row]]) -> list[list[str]]:
     lines = []
     for case in cases:
-        peer = best_peer(case)
         for row in timed(case):
-            cells = (cell(row, peer) for cell in COLUMNS.values())
+            cells = (cell(row, case) for cell in COLUMNS.values())
             lines.append([row.shape, row.mode, row.provider, *cells])
     return lines
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int) -> str:
+def columns_table(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int) -> str:
     """Aligned Markdown; columns without a value are left out, the first `left` are text."""
     used = [i for i in range(len(header)) if i < left or any(line[i] for line in lines)]
     columns = []
@@ -118,12 +131,34 @@ def _floors(rows: Sequence[Row]) -> str:
     return f"Measured rates of the machine: {', '.join(rates)}." if rates else ""
 
 
+def _legend(rows: Iterable[Row]) -> str:
+    """What the table's words mean, as far as they occur in it."""
+    rows = timed(rows)
+    lines = []
+    if any(row.graph_ms is not None for row in rows):
+        lines.append(
+            "p50 and ms: an eager call, host included. Kernels: the same call replayed as a CUDA "
+            'graph; rates and "of floor" are theirs where they are known.'
+        )
+    if any(row.is_wide for row in rows):
+        lines.append(f"wide: from p20 to p80 it is more than {WIDE:.0%} of p50; measure again.")
+    return "\n".join(lines)
+
+
 def _spread(row: Row) -> str:
-    return f"{number(row.p50_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)})"
+    wide = " wide" if row.is_wide else ""
+    return f"{number(row.p50_ms)} ({number(row.p20_ms)}-{number(row.p80_ms)}){wide}"
 
 
-def _ratio(row: Row, peer: Row | None) -> float | None:
-    return row.p50_ms / peer.p50_ms if peer and row.p50_ms and peer.p50_ms else None
+def _on_device(row: Row, rate: float | None) -> float | None:
+    """A rate of the call as one of its kernels."""
+    return rate * row.p50_ms / row.kernels_ms if rate and row.p50_ms and row.kernels_ms else rate
+
+
+def _ratio(row: Row, case: Sequence[Row], time: str) -> float | None:
+    peer = best_peer(case, time)
+    own, best = getattr(row, time), getattr(peer, time, None)
+    return own / best if own and best else None
 
 
 def _percent(fraction: float | None) -> str:

@@ -17,6 +17,8 @@ __all__ = ["Timing", "measure"]
 MIN_ROUNDS, MAX_ROUNDS = 7, 50
 SECONDS_PER_CALL = 1.5
 """Rounds end after this long per provider, once there are enough of them."""
+GPU_SECONDS_PER_CALL = 0.1
+"""The same on a GPU, where a run of all shapes is to end in minutes."""
 FLUSH_BYTES = 256 << 20
 """Written between two calls on a GPU: several times the L2 cache of an H200 (50 MB)."""
 SETTLE_SECONDS = 0.01
@@ -72,10 +74,10 @@ def _percentiles(values: list[float]) -> tuple[float, float, float]:
     return 1e3 * deciles[1], 1e3 * deciles[4], 1e3 * deciles[7]
 
 
-def _enough(rounds: int, began: float, num_calls: int) -> bool:
+def _enough(rounds: int, began: float, seconds: float) -> bool:
     if rounds < MIN_ROUNDS:
         return False
-    return rounds >= MAX_ROUNDS or time.monotonic() - began > SECONDS_PER_CALL * num_calls
+    return rounds >= MAX_ROUNDS or time.monotonic() - began > seconds
 
 
 def _cpu_rounds(calls: Mapping[str, Call]) -> dict[str, list[float]]:
@@ -86,7 +88,7 @@ def _cpu_rounds(calls: Mapping[str, Call]) -> dict[str, list[float]]:
     gc.collect()
     gc.disable()
     try:
-        while not _enough(rounds, began, len(calls)):
+        while not _enough(rounds, began, SECONDS_PER_CALL * len(calls)):
             for name, call in calls.items():
                 time.sleep(SETTLE_SECONDS)
                 # As in a program that calls the op again and again: right after a pause a call of
@@ -106,7 +108,7 @@ def _gpu_rounds(calls: Mapping[str, Call], device: torch.device) -> dict[str, li
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     rounds, began = 0, time.monotonic()
-    while not _enough(rounds, began, len(calls)):
+    while not _enough(rounds, began, GPU_SECONDS_PER_CALL * len(calls)):
         events = {}
         for name, call in calls.items():
             # The flush also keeps the device busy while the host prepares the call's launches.

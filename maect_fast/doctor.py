@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from maect_fast import __version__
+from maect_fast.benchmarks.machine_code.cli import registered
 from maect_fast.benchmarks.machine_code.ptxas import drops_work, ptxas_in_use
 from maect_fast.benchmarks.results import cpu_name
 from maect_fast.kernels import (
@@ -21,7 +22,8 @@ from maect_fast.kernels import (
 )
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend
-from maect_fast.kernels._common.launch import tables_in_use, triton_minor
+from maect_fast.kernels._common.gpu import nearest_table
+from maect_fast.kernels._common.launch import Launch, tables_in_use, triton_minor
 
 __all__ = ["report"]
 
@@ -124,13 +126,22 @@ def _torchvision() -> str:
 
 
 def _launch_tables() -> str:
-    """What the Triton kernels' launches were chosen for."""
+    """What the Triton kernels' launches were chosen for, and how many of them by their time."""
     try:
         release = triton_minor()
     except ImportError:
         return "none: Triton is missing"
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    return f"of {tables_in_use(release, 10 * major + minor)}"
+    arch = 10 * major + minor
+    # Devices with less shared memory take rows of sm_80.
+    table = 90 if nearest_table(arch) == 90 else 80
+    launches: list[Launch] = []
+    for name in registered():
+        launches += importlib.import_module(name).machine_code(table)
+    # A row is launched in several variants.
+    backings = {id(launch.row): launch.row.backing for launch in launches}.values()
+    measured = sum(backing.startswith("measured") for backing in backings)
+    return f"of {tables_in_use(release, arch)}; {measured} of {len(backings)} were timed on an H200"
 
 
 def _ptxas() -> str:

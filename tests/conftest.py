@@ -7,12 +7,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import importlib.util
 import random
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocation import NoSync
 
 # Triton reads this when a kernel is decorated, so it comes before any import of a kernel.
 if not torch.cuda.is_available():
@@ -62,11 +65,66 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--cpp-library: {cpp.LIBRARY}: {reason}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist, tests that share a module's fixture run where it is made: once."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        for name, found in item._fixtureinfo.name2fixturedefs.items():
+            if found[-1].scope == "module":
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
+                break
+
+
 @pytest.fixture(
     params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
 )
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda(request: pytest.FixtureRequest) -> torch.device:
+    """For what only a GPU shows."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def needs_gib(cuda: torch.device) -> Iterator[Callable[[float], None]]:
+    """Skips a test for which the device has too little free memory; frees what the test took."""
+
+    def check(num_gib: float) -> None:
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(cuda)[0] / 2**30
+        if free < num_gib:
+            pytest.skip(f"needs {num_gib} GiB of free memory on {cuda}, has {free:.1f}")
+
+    yield check
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def no_sync() -> NoSync:
+    """A context in which waiting for the device is an error. Make inputs before: copies wait."""
+
+    def set_mode(mode: int | str) -> None:
+        with warnings.catch_warnings():
+            # Said once in a process.
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    @contextmanager
+    def forbid() -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        set_mode("error")
+        try:
+            yield
+        finally:
+            set_mode(before)
+
+    return forbid
 
 
 @pytest.fixture(autouse=True)

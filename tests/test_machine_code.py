@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from maect_fast import doctor
+from maect_fast.benchmarks.machine_code import controls
 from maect_fast.benchmarks.machine_code.assembly import (
     count,
     innermost_tensor_loops,
@@ -26,6 +27,7 @@ from maect_fast.benchmarks.machine_code.gate import failures, instructions
 from maect_fast.benchmarks.machine_code.ptxas import drops_work, ptxas_in_use
 from maect_fast.benchmarks.machine_code.report import loop_mix
 from maect_fast.kernels._common.launch import (
+    H200,
     LaunchRow,
     Limits,
     fitting,
@@ -317,10 +319,10 @@ def test_a_block_may_do_without_shared_memory() -> None:
     module = "maect_fast.kernels.queue_topk.triton_kernel"
     source = (
         f"from importlib import import_module; kernels = import_module('{module}')\n"
-        "from maect_fast.benchmarks.machine_code.compile import compile_job, jobs\n"
+        "from maect_fast.benchmarks.machine_code.compile import compile_source, jobs\n"
         "launches = [x for x in kernels.machine_code(90) if x.row.label == 'pointer']\n"
         "(job,) = jobs('queue_topk', launches[0], 90)\n"
-        "found = compile_job(job)\n"
+        "found = compile_source(job.source)\n"
         "assert found.static_shared == found.dynamic_shared == 0\n"
         "assert found.blocks_per_sm == 32\n"
     )
@@ -369,6 +371,7 @@ def test_the_table_has_what_the_machine_code_holds(
     assert int(good90["HGMMA"]) >= 4
     assert " x HGMMA: " in good90["innermost loop, per tensor-core instruction"]
     assert good80["dynamic shared"] == "16384"
+    assert good80["backing"] == "compiled"
     assert good80["static shared"] == good90["static shared"] == "0"
     spilling = rows["spilling", "sm_90"]
     assert min(int(spilling[name]) for name in ("stack", "LDL", "STL")) > 0
@@ -429,6 +432,16 @@ def ptxas_line(monkeypatch: pytest.MonkeyPatch, release: tuple[int, int] | None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (line,) = [line for line in doctor.report() if line.startswith("  ptxas")]
     return line
+
+
+def test_doctor_counts_the_rows_that_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "registered", lambda: [CONTROLS])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    timed = replace(controls.GOOD, backing=f"measured: 1 ms, alone, {H200}")
+    for good, words in ((controls.GOOD, "0 of 5"), (timed, "1 of 5")):
+        monkeypatch.setattr(controls, "GOOD", good)
+        (line,) = [line for line in doctor.report() if line.startswith("  launch rows")]
+        assert line.endswith(f"; {words} were timed on an H200")
 
 
 def test_doctor_warns_of_a_ptxas_that_drops_work(monkeypatch: pytest.MonkeyPatch) -> None:

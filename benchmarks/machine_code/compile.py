@@ -1,5 +1,6 @@
 """Compiles launches for an architecture that need not be there, and reads what came out."""
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -16,7 +17,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from maect_fast.benchmarks.machine_code.assembly import Code, parse_ptx, parse_sass
 from maect_fast.kernels._common.launch import Launch, Limits
 
-__all__ = ["ARCHS", "Compiled", "Job", "blocks_per_sm", "compile_job", "jobs"]
+__all__ = ["ARCHS", "Compiled", "Job", "Source", "blocks_per_sm", "compile_source", "jobs"]
 
 ARCHS = (80, 90)
 
@@ -30,16 +31,37 @@ RESERVED_SHARED = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What a compilation depends on, as plain data that another process can take."""
+
+    module: str
+    function: str
+    """The `@triton.jit` function in the module."""
+    arch: int
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Equal for equal compilations."""
+        return repr(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """One kernel as it is launched for one row and architecture."""
 
     kernel: str
     row: str
-    arch: int
     limits: Limits
-    source: Any
-    target: Any
-    options: Any
+    backing: str
+    source: Source
+
+    @property
+    def arch(self) -> int:
+        return self.source.arch
 
     @property
     def name(self) -> str:
@@ -69,8 +91,7 @@ def jobs(op: str, launch: Launch, arch: int) -> list[Job]:
     kernel, row = launch.kernel, launch.row
     name = f"{op}.{kernel.__name__}"
     label = " ".join(filter(None, (row.label, launch.variant)))
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
+    backend = make_backend(_target(arch))
     found = []
     for args, kwargs in _recorded(launch):
         wrong = {
@@ -86,11 +107,17 @@ def jobs(op: str, launch: Launch, arch: int) -> list[Job]:
             Job(
                 kernel=name,
                 row=label,
-                arch=arch,
                 limits=row.limits,
-                source=ASTSource(kernel, signature, constants, attributes),
-                target=target,
-                options=options.__dict__,
+                backing=row.backing,
+                source=Source(
+                    module=kernel.module,
+                    function=kernel.__name__,
+                    arch=arch,
+                    signature=signature,
+                    constants=constants,
+                    attributes=attributes,
+                    options=options.__dict__,
+                ),
             )
         )
     if not found:
@@ -111,25 +138,32 @@ def _recorded(launch: Launch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     return found
 
 
-def compile_job(job: Job) -> Compiled:
+def _target(arch: int) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32)
+
+
+def compile_source(source: Source) -> Compiled:
     """Compile, disassemble and measure.
 
     Raises:
         RuntimeError: it does not compile.
     """
+    kernel = getattr(importlib.import_module(source.module), source.function)
+    ast = ASTSource(kernel, source.signature, source.constants, source.attributes)
     try:
-        binary = triton.compile(job.source, target=job.target, options=job.options)
+        binary = triton.compile(ast, target=_target(source.arch), options=source.options)
     except Exception as error:
         raise RuntimeError(" ".join(f"does not compile: {error}".split())[:400]) from error
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         usage = _output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        listing = _output_of(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+        # Without dataflow analysis, which names targets of indirect branches: a quarter faster.
+        listing = _output_of(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
     registers, stack, shared = (
         int(size) for size in re.findall(r"(?:REG|STACK|SHARED):(\d+)", usage)
     )
-    static_shared = max(0, shared - (RESERVED_SHARED if job.arch >= 90 else 0))
+    static_shared = max(0, shared - (RESERVED_SHARED if source.arch >= 90 else 0))
     dynamic_shared: int = binary.metadata.shared
     num_warps: int = binary.metadata.num_warps
     return Compiled(
@@ -139,7 +173,7 @@ def compile_job(job: Job) -> Compiled:
         static_shared=static_shared,
         dynamic_shared=dynamic_shared,
         blocks_per_sm=blocks_per_sm(
-            job.arch,
+            source.arch,
             num_warps=num_warps,
             registers=registers,
             shared=static_shared + dynamic_shared,

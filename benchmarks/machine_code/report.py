@@ -48,6 +48,7 @@ def columns(job: Job, found: Compiled) -> dict[str, str]:
         else "",
         "instr/element": f"{instructions(job.limits, found):.2f}" if job.limits.elements else "",
         "innermost loop, per tensor-core instruction": loop_mix(found.code, found.num_warps),
+        "backing": job.backing,
     }
     return {name: str(cell) for name, cell in line.items()}
 

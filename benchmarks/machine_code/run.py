@@ -2,9 +2,11 @@
 
 import importlib
 import io
+import multiprocessing
 import os
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,14 @@ from types import ModuleType
 import triton
 
 from maect_fast.benchmarks.machine_code import controls
-from maect_fast.benchmarks.machine_code.compile import ARCHS, Compiled, Job, compile_job, jobs
+from maect_fast.benchmarks.machine_code.compile import (
+    ARCHS,
+    Compiled,
+    Job,
+    Source,
+    compile_source,
+    jobs,
+)
 from maect_fast.benchmarks.machine_code.gate import failures
 from maect_fast.benchmarks.machine_code.ptxas import ptxas_in_use
 from maect_fast.benchmarks.machine_code.report import columns, markdown, write_csv
@@ -35,22 +44,29 @@ def run(modules: Sequence[str], *, csv: Path | None) -> int:
     releases = {arch: ".".join(map(str, ptxas_in_use(arch)[1])) for arch in ARCHS}
     tools = ", ".join(f"ptxas {release} for sm_{arch}" for arch, release in releases.items())
     print(f"Triton {triton.__version__} at {Path(triton.__file__).parent}; {tools}")
-    broken = list(_check_controls())
-    print()
-    if not modules:
-        print("no Triton kernel is registered yet: there is no kernels/*/triton_kernel.py")
-        return _report(broken)
-    verdicts, refused = examine([importlib.import_module(name) for name in modules])
+    # Triton holds the interpreter's lock as it compiles; forked, numpy's threads would be lost.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        broken = list(_check_controls(pool))
+        print()
+        if not modules:
+            print("no Triton kernel is registered yet: there is no kernels/*/triton_kernel.py")
+            return _report(broken)
+        began = time.perf_counter()
+        verdicts, refused = examine([importlib.import_module(name) for name in modules], pool)
+        seconds = time.perf_counter() - began
     lines = [columns(v.job, v.compiled) for v in verdicts if v.compiled]
     if lines:
         print(markdown(lines))
         if csv:
             write_csv(csv, lines)
+    distinct = len({v.job.source.key for v in verdicts})
+    print(f"{len(verdicts)} launches, {distinct} compilations in {seconds:.0f} s")
     refused += [f"{v.job.name}: {failure}" for v in verdicts for failure in v.failures]
     return _report(broken + refused)
 
 
-def examine(modules: Sequence[ModuleType]) -> tuple[list[Verdict], list[str]]:
+def examine(modules: Sequence[ModuleType], pool: Executor) -> tuple[list[Verdict], list[str]]:
     """Compile and judge all rows of the modules; with them, what is wrong with the registration."""
     registered, wrong = [], []
     for module in modules:
@@ -64,22 +80,31 @@ def examine(modules: Sequence[ModuleType]) -> tuple[list[Verdict], list[str]]:
                     registered += jobs(op, launch, arch)
                 except ValueError as error:
                     wrong.append(f"{error} for sm_{arch}")
+    # Rows may launch the same, such as those of several variants without a difference.
+    sources = {job.source.key: job.source for job in registered}
+    found = dict(zip(sources, pool.map(_compile, sources.values()), strict=True))
+    return [_judge(job, found[job.source.key]) for job in registered], wrong
+
+
+def _compile(source: Source) -> Compiled | str:
+    """What came out, or why nothing did; in a process of the pool."""
     # Triton prints the whole PTX when ptxas fails.
-    with redirect_stdout(io.StringIO()), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(_judge, registered)), wrong
+    with redirect_stdout(io.StringIO()):
+        try:
+            return compile_source(source)
+        except RuntimeError as error:
+            return str(error)
 
 
-def _judge(job: Job) -> Verdict:
-    try:
-        compiled = compile_job(job)
-    except RuntimeError as error:
-        return Verdict(job=job, compiled=None, failures=[str(error)])
-    return Verdict(job=job, compiled=compiled, failures=failures(job.limits, job.arch, compiled))
+def _judge(job: Job, found: Compiled | str) -> Verdict:
+    if isinstance(found, str):
+        return Verdict(job=job, compiled=None, failures=[found])
+    return Verdict(job=job, compiled=found, failures=failures(job.limits, job.arch, found))
 
 
-def _check_controls() -> Iterator[str]:
+def _check_controls(pool: Executor) -> Iterator[str]:
     """Print the controls' table and verdicts; yield those that the gate judges wrongly."""
-    verdicts, wrong = examine([controls])
+    verdicts, wrong = examine([controls], pool)
     yield from wrong
     print(markdown([columns(v.job, v.compiled) for v in verdicts if v.compiled]))
     print()

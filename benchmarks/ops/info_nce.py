@@ -98,6 +98,7 @@ OP: Op[Inputs] = Op(
     check=lambda x, found, eager, truth: check_budget(found, eager, truth),
     num_bytes=_num_bytes,
     num_flops=_num_flops,
+    row_letters={"n": "B", "R": "N"},
 )
 
 

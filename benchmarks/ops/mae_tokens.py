@@ -10,7 +10,7 @@ B images of H x H pixels in three channels, N kept patches, D the decoder's widt
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -69,12 +69,9 @@ class Inputs:
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
     B, H, N, D, K = (sizes[letter] for letter in "BHNDK")
     L = (H // K) ** 2
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    ids = torch.rand(B, L, generator=generator).argsort(1).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    randn = partial(torch.randn, generator=generator, device=device)
+    ids = torch.rand(B, L, generator=generator, device=device).argsort(1)
     return Inputs(
         images=randn(B, 3, H, H),
         tokens=randn(B, 1 + N, D),

@@ -7,7 +7,7 @@ is part of the call.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from maect_fast.benchmarks.registry import (
     Sizes,
     UnavailableError,
     import_peer,
+    judged_samples,
 )
 from maect_fast.kernels import Pick, QueueState, TopK, queue_topk, with_shadow
 from maect_fast.kernels._common import cpp
@@ -59,24 +60,30 @@ class Inputs:
     """The queue is the fp32 master copy, whatever the queries' dtype."""
     k: int
 
+    @property
+    def judged(self) -> Tensor:
+        """Queries that the gate looks at."""
+        return judged_samples(len(self.query), len(self.state.queue), self.query.device)
+
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
     B, Q, D = sizes["B"], sizes["Q"], sizes["D"]
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(device).manual_seed(2)
+    randint = partial(torch.randint, size=(B,), generator=generator, device=device)
     return Inputs(
         query=unit_rows(B, D, dtype=dtype, device=device, seed=1),
-        query_id=torch.randint(Q, (B,), generator=generator).to(device),
-        query_label=torch.randint(10, (B,), generator=generator).to(device),
+        query_id=randint(Q),
+        query_label=randint(10),
         state=random_queue(Q, D, num_ids=Q, num_classes=10, device=device),
         k=sizes["K"],
     )
 
 
 def _definition(x: Inputs, mode: str, dtype: torch.dtype) -> Outputs:
-    """All scores [B, Q]: normalised queries, the fp32 masters, own slots -1."""
-    scores = F.normalize(x.query.to(dtype), dim=-1) @ x.state.queue.to(dtype).T
-    scores[x.state.queue_id == x.query_id[:, None]] = -1
-    return {"scores": scores}
+    """All scores of the judged queries: normalised, the fp32 masters, own slots -1."""
+    query, query_id = x.query[x.judged], x.query_id[x.judged]
+    scores = F.normalize(query.to(dtype), dim=-1) @ x.state.queue.to(dtype).T
+    return {"scores": scores.masked_fill_(x.state.queue_id == query_id[:, None], -1)}
 
 
 def _check(x: Inputs, found: Outputs, eager: Outputs, truth: Outputs) -> None:
@@ -87,12 +94,14 @@ def _check(x: Inputs, found: Outputs, eager: Outputs, truth: Outputs) -> None:
     if "picked_index" in found:
         _check_picks(x, found, scores, best, budget)
         return
-    values, indices = found["values"].double(), found["indices"].to(scores.device)
-    assert indices.shape == values.shape == best.shape, f"shape {list(indices.shape)}"
+    values, indices = (found[name].to(scores.device) for name in ("values", "indices"))
+    expected = (len(x.query), x.k)
+    assert indices.shape == values.shape == expected, f"shape {list(indices.shape)}"
+    values, indices = values[x.judged].double(), indices[x.judged]
     repeated = (indices.sort(-1).values.diff(dim=-1) == 0).any()
     assert not repeated, "a slot occurs twice"
     for name, error in (
-        ("values", values.to(scores.device) - best),
+        ("values", values - best),
         ("scores of indices", scores.gather(1, indices) - best),
     ):
         worst = error.abs().max().item()
@@ -102,7 +111,7 @@ def _check(x: Inputs, found: Outputs, eager: Outputs, truth: Outputs) -> None:
 def _check_picks(x: Inputs, found: Outputs, scores: Tensor, best: Tensor, budget: float) -> None:
     """Each pick is one of the k nearest, within the budget of their scores."""
     index = found["picked_index"]
-    picked = scores.gather(1, index[:, None])
+    picked = scores.gather(1, index[x.judged, None])
     assert (picked >= best[:, -1:] - budget).all(), "a picked neighbour is not among the k nearest"
     row = x.state.queue[index].to(found["picked_neighbour"].dtype)
     assert torch.equal(found["picked_neighbour"], row), "picked_neighbour is another row"

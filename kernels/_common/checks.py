@@ -1,5 +1,6 @@
 """Errors of the public functions: one line with the argument, what was expected, what came."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -39,17 +40,20 @@ def check_tensor(
     """
     if x is None:
         return
-    expect(x.dtype in dtypes, name, " or ".join(map(str, dtypes)), x.dtype, TypeError)
-    fits = x.ndim == len(shape) and all(
-        wanted is None or size == wanted for size, wanted in zip(x.shape, shape, strict=True)
-    )
+    # Messages are made where they are needed: a call of an op is not much longer than they take.
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    fits = len(shape) == x.ndim
+    for wanted, size in zip(shape, x.shape, strict=False):
+        fits = fits and (wanted is None or size == wanted)
     if not fits:
         # Only here: torch.compile cannot turn a symbolic size into text.
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: expected shape [{sizes}], got {list(x.shape)}")
-    expect(x.device == like.device, name, like.device, x.device)
-    if x.is_floating_point():
-        expect(x.stride(-1) == 1 or x.numel() < 2, name, "a last stride of 1", x.stride())
+    if x is not like and x.device != like.device:
+        raise ValueError(f"{name}: expected {like.device}, got {x.device}")
+    if x.is_floating_point() and x.stride(-1) != 1 and x.numel() > 1:
+        raise ValueError(f"{name}: expected a last stride of 1, got {x.stride()}")
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -86,5 +90,15 @@ def check_temperature(temperature: float | Tensor, *, learnable: bool) -> Tensor
         return temperature
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    # On the CPU whatever the device of the inputs: kernels take it as a number, nothing is copied.
-    return torch.tensor(temperature, dtype=torch.float64)
+    return _make_scalar(temperature) if torch.compiler.is_compiling() else _scalar(temperature)
+
+
+def _make_scalar(x: float) -> Tensor:
+    """On the CPU whatever the device of the inputs: kernels take it as a number, nothing waits."""
+    # An inference tensor could not be kept for a backward.
+    with torch.inference_mode(False):
+        return torch.tensor(x, dtype=torch.float64)
+
+
+# A constant, which takes longer to make than to look up.
+_scalar = functools.lru_cache(maxsize=16)(_make_scalar)

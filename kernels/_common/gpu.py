@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "current",
+    "is_gpu",
     "nearest_table",
     "num_multiprocessors",
     "obstacle",
@@ -35,9 +36,12 @@ def obstacle(*tensors: Tensor) -> str | None:
             return f"needs sm_{OLDEST_ARCH} or newer, got sm_{sm_arch(tensor.device)}"
         if tensor.dtype not in DTYPES:
             return f"takes float32, bfloat16 and float16, got {str(tensor.dtype).split('.')[1]}"
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton: pip install triton"
-    return None
+    return None if _has_triton() else "needs Triton: pip install triton"
+
+
+def is_gpu(tensor: Tensor) -> bool:
+    """Whether "auto" takes the Triton kernels for a tensor, if they can."""
+    return tensor.is_cuda
 
 
 def current(tensor: Tensor) -> AbstractContextManager[None]:
@@ -48,9 +52,14 @@ def current(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 @functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def _interprets() -> bool:
     """Whether kernels are interpreted: slow, for tests."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return False
     import triton
 

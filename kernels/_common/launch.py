@@ -38,6 +38,7 @@ from typing import Any
 from maect_fast.kernels._common.gpu import nearest_table
 
 __all__ = [
+    "H200",
     "TABLES_FOR",
     "Launch",
     "LaunchRow",
@@ -49,6 +50,8 @@ __all__ = [
 
 # The release that the launch tables were made with; others take them, too.
 TABLES_FOR = (3, 6)
+# Where and when rows were timed, by graph replay in bf16: the end of what backs them.
+H200 = "on an H200, Triton 3.6, 2026-11-27"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +111,9 @@ class LaunchRow:
     sizes: Mapping[str, int]
     """Example sizes, by the op's dimension letters, at which the row is used."""
     limits: Limits
+    backing: str = "compiled"
+    """What the choice rests on: "compiled", that is machine code and arithmetic; "predicted" from
+    them and from other rows' times; or "measured", with the time, among how many, where, when."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maect_fast.kernels._common import gpu
-from maect_fast.kernels._common.library import register
+from maect_fast.kernels._common.library import operator
 from maect_fast.kernels.gelu import reference
 
 __all__ = ["gelu", "gelu_backward", "triton_obstacle"]
@@ -34,26 +34,17 @@ def _triton() -> ModuleType:
     return triton_kernel
 
 
-def _forward(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    if not _is_triton(backend, h, bias):
-        return reference.gelu(h, bias).contiguous()
-    with gpu.current(h):
-        result: Tensor = _triton().forward(h, bias)
-    return result
-
-
 def _forward_fake(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return h.new_empty(h.shape)
 
 
-def _backward(
-    h: Tensor, bias: Tensor | None, dg: Tensor, need_g: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+@operator("gelu_fwd", fake=_forward_fake)
+def gelu(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """G [..., D] contiguous: `reference.gelu`."""
     if not _is_triton(backend, h, bias):
-        dh, g, dbias = reference.gelu_backward(h, bias, dg, need_g)
-        return dh.contiguous(), g.contiguous(), dbias
+        return reference.gelu(h, bias).contiguous()
     with gpu.current(h):
-        result: tuple[Tensor, Tensor, Tensor] = _triton().backward(h, bias, dg, need_g)
+        result: Tensor = _triton().forward(h, bias)
     return result
 
 
@@ -65,12 +56,14 @@ def _backward_fake(
     return h.new_empty(h.shape), h.new_empty(h.shape if need_g else (0,)), dbias
 
 
-gelu = register("gelu_fwd(Tensor h, Tensor? bias, str backend) -> Tensor", _forward, _forward_fake)
-"""(h [..., D], bias [D] or None, backend) -> g [..., D] contiguous."""
-gelu_backward = register(
-    "gelu_bwd(Tensor h, Tensor? bias, Tensor dg, bool need_g, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-"""(h, bias, dg, need_g, backend) -> dh, g, dbias: `reference.gelu_backward`, contiguous."""
+@operator("gelu_bwd", fake=_backward_fake)
+def gelu_backward(
+    h: Tensor, bias: Tensor | None, dg: Tensor, need_g: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, g, dbias: `reference.gelu_backward`, contiguous."""
+    if not _is_triton(backend, h, bias):
+        dh, g, dbias = reference.gelu_backward(h, bias, dg, need_g)
+        return dh.contiguous(), g.contiguous(), dbias
+    with gpu.current(h):
+        result: tuple[Tensor, Tensor, Tensor] = _triton().backward(h, bias, dg, need_g)
+    return result

@@ -72,7 +72,7 @@ def info_nce_stats(
 ) -> InfoNCEStats:
     """`info_nce` and the health of its training; arguments and errors are the same."""
     found = _loss(predicted, neighbour, temperature, group, transposed, True, backend)
-    accuracy = (found.positive >= found.row_max).to(found.lse.dtype).mean()
+    accuracy = (found.positive >= found.normaliser[0]).to(found.lse.dtype).mean()
     cosine = (found.positive.mean() * temperature).detach()
     return InfoNCEStats(found.loss, accuracy, cosine, found.lse)
 
@@ -104,12 +104,16 @@ def _loss(
     expect(shape[-2] > 0, "predicted", "at least one row", "none")
     for name, x in (("predicted", predicted), ("neighbour", local)):
         expect(x.is_floating_point(), name, "floats", x.dtype)
-    # The constants travel and every rank keeps its predictions: the backward sends nothing.
-    if not isinstance(neighbour, PendingRows):
-        neighbour = gather_neighbours(neighbour, group=group, dtype=predicted.dtype)
+    if group is None and not isinstance(neighbour, PendingRows):
+        columns = neighbour.detach().view(-1, *shape[-2:])
+    else:
+        # The constants travel and every rank keeps its predictions: the backward sends nothing.
+        if not isinstance(neighbour, PendingRows):
+            neighbour = gather_neighbours(neighbour, group=group, dtype=predicted.dtype)
+        columns = neighbour.wait().transpose(0, 1)
     return op.loss(
-        predicted.view(-1, *shape[-2:]),
-        neighbour.wait().transpose(0, 1),
+        predicted if len(shape) == 3 else predicted[None],
+        columns,
         check_temperature(temperature, learnable=False),
         first=group_rank(group) * shape[-2],
         transposed=transposed,

@@ -5,6 +5,7 @@ Between the first two the ranks add up their sums; nothing is sent in the backwa
 """
 
 import math
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from maect_fast.kernels._common import cpp, gpu
 from maect_fast.kernels._common.collectives import all_gather_rows, all_reduce_max, all_reduce_sum
+from maect_fast.kernels._common.library import Differentiable, needs_gradient, operator
+from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.info_nce import reference
 
 __all__ = [
@@ -24,11 +27,16 @@ __all__ = [
     "gradient_cpp",
     "loss",
     "mean_loss",
+    "row_losses",
     "row_stats",
     "row_stats_cpp",
     "symmetric_loss",
     "triton_obstacle",
 ]
+
+
+ROWS, STATS, GRADIENT = (Plans(scalars=("temperature",)) for _ in range(3))
+FINISH = Plans()
 
 
 def triton_obstacle(predicted: Tensor, neighbour: Tensor) -> str | None:
@@ -43,7 +51,7 @@ def _choose(backend: str, predicted: Tensor, neighbour: Tensor) -> str:
     """The backend that runs: "auto" goes by device, and to the reference where no kernel can."""
     if backend != "auto":
         return backend
-    if predicted.device.type == "cpu":
+    if not gpu.is_gpu(predicted) and predicted.device.type == "cpu":
         return "reference" if cpp.obstacle(predicted, neighbour) else "cpp"
     return "reference" if triton_obstacle(predicted, neighbour) else "triton"
 
@@ -54,7 +62,80 @@ def _triton() -> ModuleType:
     return triton_kernel
 
 
-@torch.library.custom_op("maect_fast::info_nce_fwd", mutates_args=())
+def _scalar(temperature: Tensor, predicted: Tensor) -> Tensor | float:
+    """A number, or where a kernel loads it from, so that nothing waits for the device.
+
+    On the CPU, fp64 holds what the caller gave as a float.
+    """
+    is_loaded = predicted.is_cpu and temperature.dtype != torch.float64
+    return float(temperature) if temperature.is_cpu and not is_loaded else temperature
+
+
+def _rows_fake(
+    predicted: Tensor,
+    neighbour: Tensor,
+    temperature: Tensor,
+    first: int,
+    transposed: bool,
+    online: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_views, num_rows, _ = predicted.shape
+    dtype = torch.promote_types(predicted.dtype, torch.float32)
+    loss, lse, positive, weight = (
+        predicted.new_empty((num_views, num_rows), dtype=dtype) for _ in range(4)
+    )
+    return loss, lse, positive, weight, loss.new_empty((2, num_views, num_rows))
+
+
+@operator("info_nce_fwd", fake=_rows_fake)
+def row_losses(
+    predicted: Tensor,
+    neighbour: Tensor,
+    temperature: Tensor,
+    first: int,
+    transposed: bool,
+    online: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, positive, weight, normaliser of as many softmax rows as there are predictions.
+
+    `row_stats` and `finish` in one, where no rank has a say between them.
+    """
+    scalar = _scalar(temperature, predicted)
+    planned = ((predicted, neighbour), (first, transposed, online, backend), (scalar,))
+    found = ROWS.replay(*planned)
+    if found is None:
+        chosen = _choose(backend, predicted, neighbour)
+        if chosen != "triton":
+            inputs = (predicted, neighbour, temperature, first, transposed)
+            stats = row_stats_cpp(*inputs) if chosen == "cpp" else reference.row_stats(*inputs)
+            loss, lse, weight, normaliser = reference.finish(*stats)
+            return loss, lse, stats[2], weight, normaliser
+        launcher = partial(
+            _triton().row_losses, predicted, neighbour, scalar, first, transposed, online
+        )
+        found = ROWS.record(launcher, *planned)
+    loss, lse, positive, weight, normaliser = found
+    return loss, lse, positive, weight, normaliser
+
+
+def _row_stats_fake(
+    predicted: Tensor,
+    neighbour: Tensor,
+    temperature: Tensor,
+    first: int,
+    transposed: bool,
+    online: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_neighbours, num_parts = neighbour.shape[1], 1
+    if _choose(backend, predicted, neighbour) == "triton":
+        num_parts = _triton().num_parts(predicted, num_neighbours, transposed)
+    return _allocate(predicted, predicted.shape[1] if transposed else num_neighbours, num_parts)
+
+
+@operator("info_nce_stats", fake=_row_stats_fake)
 def row_stats(
     predicted: Tensor,
     neighbour: Tensor,
@@ -65,15 +146,20 @@ def row_stats(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """row_max, row_sum, positive; `online`: row_max must be a maximum, not any fixed shift."""
-    inputs = (predicted, neighbour, temperature, first, transposed)
-    match _choose(backend, predicted, neighbour):
-        case "triton":
-            with gpu.current(predicted):
-                result: tuple[Tensor, Tensor, Tensor] = _triton().row_stats(*inputs, online)
-            return result
-        case "cpp":
-            return row_stats_cpp(*inputs)
-    return reference.row_stats(*inputs)
+    scalar = _scalar(temperature, predicted)
+    planned = ((predicted, neighbour), (first, transposed, online, backend), (scalar,))
+    found = STATS.replay(*planned)
+    if found is None:
+        chosen = _choose(backend, predicted, neighbour)
+        if chosen != "triton":
+            inputs = (predicted, neighbour, temperature, first, transposed)
+            return row_stats_cpp(*inputs) if chosen == "cpp" else reference.row_stats(*inputs)
+        launcher = partial(
+            _triton().row_stats, predicted, neighbour, scalar, first, transposed, online
+        )
+        found = STATS.record(launcher, *planned)
+    row_max, row_sum, positive = found
+    return row_max, row_sum, positive
 
 
 def row_stats_cpp(
@@ -95,22 +181,6 @@ def row_stats_cpp(
     return stats
 
 
-@row_stats.register_fake
-def _(
-    predicted: Tensor,
-    neighbour: Tensor,
-    temperature: Tensor,
-    first: int,
-    transposed: bool,
-    online: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_neighbours, num_parts = neighbour.shape[1], 1
-    if _choose(backend, predicted, neighbour) == "triton":
-        num_parts = _triton().num_parts(predicted, num_neighbours, transposed)
-    return _allocate(predicted, predicted.shape[1] if transposed else num_neighbours, num_parts)
-
-
 def _allocate(predicted: Tensor, num_rows: int, num_parts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised statistics."""
     num_views, num_predictions, _ = predicted.shape
@@ -122,55 +192,36 @@ def _allocate(predicted: Tensor, num_rows: int, num_parts: int) -> tuple[Tensor,
     )
 
 
-@torch.library.custom_op("maect_fast::info_nce_finish", mutates_args=())
-def finish(
-    row_max: Tensor, row_sum: Tensor, positive: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, weight, normaliser."""
-    is_auto = backend == "auto" and row_max.is_cuda and gpu.obstacle(row_max) is None
-    if backend != "triton" and not is_auto:
-        return reference.finish(row_max, row_sum, positive)
-    parts = row_max.contiguous(), row_sum.contiguous()
-    result: tuple[Tensor, Tensor, Tensor, Tensor]
-    with gpu.current(positive):
-        result = _triton().finish(*parts, positive.contiguous())
-    return result
-
-
-@finish.register_fake
-def _(
+def _finish_fake(
     row_max: Tensor, row_sum: Tensor, positive: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, lse, weight = (positive.new_empty(positive.shape) for _ in range(3))
     return loss, lse, weight, positive.new_empty((2, *positive.shape))
 
 
-@torch.library.custom_op("maect_fast::info_nce_mean", mutates_args=())
-def mean_loss(
-    predicted: Tensor,
-    temperature: Tensor,
-    row_loss: Tensor,
-    neighbour: Tensor,
-    weight: Tensor,
-    by_neighbour: Tensor | None,
-    by_predicted: Tensor | None,
-    first: int,
-    num_counted: int,
-    backend: str,
-) -> Tensor:
-    """Mean of the rows' losses, and whatever its gradient to predictions and temperature needs.
-
-    See `reference.gradient`. `num_counted`: how often a pair's logit is in the sums of `radial`.
-    """
-    return row_loss.mean()
+@operator("info_nce_finish", fake=_finish_fake)
+def finish(
+    row_max: Tensor, row_sum: Tensor, positive: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, weight, normaliser."""
+    is_auto = backend == "auto" and gpu.is_gpu(row_max) and gpu.obstacle(row_max) is None
+    if backend != "triton" and not is_auto:
+        return reference.finish(row_max, row_sum, positive)
+    inputs = row_max.contiguous(), row_sum.contiguous(), positive.contiguous()
+    found = FINISH.replay(inputs, ())
+    if found is None:
+        found = FINISH.record(partial(_triton().finish, *inputs), inputs, ())
+    loss, lse, weight, normaliser = found
+    return loss, lse, weight, normaliser
 
 
-@mean_loss.register_fake
-def _(predicted: Tensor, temperature: Tensor, row_loss: Tensor, *_: Any) -> Tensor:
-    return row_loss.new_empty(())
+def _gradient_fake(grad: Tensor, predicted: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(predicted.dtype, torch.float32)
+    radial = predicted.new_empty(predicted.shape[:2], dtype=dtype)
+    return predicted.new_empty(predicted.shape), radial
 
 
-@torch.library.custom_op("maect_fast::info_nce_bwd", mutates_args=())
+@operator("info_nce_bwd", fake=_gradient_fake)
 def gradient(
     grad: Tensor,
     predicted: Tensor,
@@ -186,15 +237,19 @@ def gradient(
     weight = weight.contiguous()
     by_neighbour = None if by_neighbour is None else by_neighbour.contiguous()
     by_predicted = None if by_predicted is None else by_predicted.contiguous()
-    inputs = (predicted, neighbour, temperature, weight, by_neighbour, by_predicted, first)
-    match _choose(backend, predicted, neighbour):
-        case "triton":
-            with gpu.current(predicted):
-                result: tuple[Tensor, Tensor] = _triton().gradient(grad, *inputs)
-            return result
-        case "cpp":
-            return gradient_cpp(grad, *inputs)
-    return reference.gradient(grad, *inputs)
+    rows = (weight, by_neighbour, by_predicted)
+    scalar = _scalar(temperature, predicted)
+    planned = ((grad, predicted, neighbour, *rows), (first, backend), (scalar,))
+    found = GRADIENT.replay(*planned)
+    if found is None:
+        chosen = _choose(backend, predicted, neighbour)
+        if chosen != "triton":
+            run = gradient_cpp if chosen == "cpp" else reference.gradient
+            return run(grad, predicted, neighbour, temperature, *rows, first)
+        launcher = partial(_triton().gradient, grad, predicted, neighbour, scalar, *rows, first)
+        found = GRADIENT.record(launcher, *planned)
+    result, radial = found
+    return result, radial
 
 
 def gradient_cpp(
@@ -228,38 +283,54 @@ def gradient_cpp(
     return result, radial
 
 
-@gradient.register_fake
-def _(grad: Tensor, predicted: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(predicted.dtype, torch.float32)
-    radial = predicted.new_empty(predicted.shape[:2], dtype=dtype)
-    return predicted.new_empty(predicted.shape), radial
+def mean_loss(
+    predicted: Tensor,
+    temperature: Tensor,
+    row_loss: Tensor,
+    neighbour: Tensor,
+    weight: Tensor,
+    by_neighbour: Tensor | None,
+    by_predicted: Tensor | None,
+    first: int,
+    num_counted: int,
+    backend: str,
+) -> Tensor:
+    """Mean of the rows' losses, with its gradient to predictions and temperature.
+
+    See `reference.gradient`. `num_counted`: how often a pair's logit is in the sums of `radial`.
+    """
+    if not needs_gradient(_MeanLoss.op, predicted, temperature):
+        return row_loss.mean()
+    constants = (neighbour, weight, by_neighbour, by_predicted, first, num_counted, backend)
+    loss: Tensor = _MeanLoss.call(predicted, temperature, row_loss, *constants)
+    return loss
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    predicted, temperature, row_loss, *tensors, ctx.first, ctx.num_counted, ctx.backend = inputs
-    ctx.num_rows = row_loss.numel()
-    ctx.save_for_backward(predicted, temperature, *tensors)
+class _MeanLoss(Differentiable):
+    op = "info_nce"
 
+    @staticmethod
+    def forward(predicted: Tensor, temperature: Tensor, row_loss: Tensor, *_: Any) -> Tensor:
+        return row_loss.mean()
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    predicted, temperature, neighbour, *tensors = ctx.saved_tensors
-    grad_predicted, radial = gradient(
-        grad / ctx.num_rows, predicted, neighbour, temperature, *tensors, ctx.first, ctx.backend
-    )
-    grad_temperature = None
-    if ctx.needs_input_grad[1]:
-        # The logits are cosines / T, and `radial` sums logits times their gradients.
-        total = radial.sum().to(temperature.device) / ctx.num_counted
-        grad_temperature = (-total / temperature).to(temperature.dtype)
-    return grad_predicted, grad_temperature, *[None] * 8
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        predicted, temperature, row_loss, *tensors, ctx.first, ctx.num_counted, ctx.backend = inputs
+        ctx.num_rows = row_loss.numel()
+        ctx.save_for_backward(predicted, temperature, *tensors)
 
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("info_nce has no second derivative")
-
-
-mean_loss.register_autograd(_backward, setup_context=_setup_context)
-gradient.register_autograd(_no_second_derivative)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        predicted, temperature, neighbour, *tensors = ctx.saved_tensors
+        grad_predicted, radial = gradient(
+            grad / ctx.num_rows, predicted, neighbour, temperature, *tensors, ctx.first, ctx.backend
+        )
+        grads: tuple[Tensor | None, ...] = (grad_predicted, None)
+        if ctx.needs_input_grad[1]:
+            # The logits are cosines / T, and `radial` sums logits times their gradients.
+            total = radial.sum().to(temperature.device) / ctx.num_counted
+            grads = (grad_predicted, (-total / temperature).to(temperature.dtype))
+        return *_MeanLoss.last((grad, predicted, temperature), *grads), *[None] * 8
 
 
 class Result(NamedTuple):
@@ -271,8 +342,8 @@ class Result(NamedTuple):
     """[V, n], logsumexp of a row's logits."""
     positive: Tensor
     """[V, n], logit of a row's positive pair."""
-    row_max: Tensor
-    """[V, n], the largest other logit of a row, if `online`."""
+    normaliser: Tensor
+    """[2, V, n], of which the first is the largest other logit of a row, if `online`."""
 
 
 def loss(
@@ -287,19 +358,24 @@ def loss(
     backend: str,
 ) -> Result:
     """Of predictions [V, n, D] and the neighbours [V, P, D] of all ranks; see `reference`."""
+    if gpu.is_gpu(predicted) and backend != "reference":
+        # Once for both directions, as the kernels' products ask.
+        neighbour = neighbour.to(predicted.dtype)
     inputs = (predicted.detach(), neighbour, temperature.detach())
-    row_max, row_sum, positive = row_stats(*inputs, first, transposed, online, backend)
-    if group is not None and not transposed:
-        row_max, row_sum, positive = _over_ranks(
-            row_max, row_sum, positive, inputs[2], first, online, group
+    if group is None or transposed:
+        row_loss, lse, positive, weight, normaliser = row_losses(
+            *inputs, first, transposed, online, backend
         )
-    row_loss, lse, weight, normaliser = finish(row_max, row_sum, positive, backend)
+    else:
+        stats = row_stats(*inputs, first, transposed, online, backend)
+        stats = _over_ranks(*stats, inputs[2], first, online, group)
+        positive = stats[2]
+        row_loss, lse, weight, normaliser = finish(*stats, backend)
     by_neighbour, by_predicted = (None, normaliser) if transposed else (normaliser, None)
-    largest = normaliser[0]
     if group is not None and not transposed:
         own = slice(first, first + predicted.shape[1])
         row_loss, weight, lse = row_loss[:, own], weight[:, own], lse[:, own]
-        positive, largest = positive[:, own], largest[:, own]
+        positive, normaliser = positive[:, own], normaliser[:, :, own]
     mean = mean_loss(
         predicted,
         temperature,
@@ -312,7 +388,7 @@ def loss(
         1,
         backend,
     )
-    return Result(mean, lse, positive, largest)
+    return Result(mean, lse, positive, normaliser)
 
 
 def _over_ranks(
@@ -381,7 +457,7 @@ def symmetric_loss(
     return result
 
 
-@register_flop_formula(torch.ops.maect_fast.info_nce_fwd)
+@register_flop_formula([torch.ops.maect_fast.info_nce_fwd, torch.ops.maect_fast.info_nce_stats])
 def _row_stats_flop(predicted: Any, neighbour: Any, *_: Any, out_shape: Any) -> int:
     """From shapes: the logits."""
     return int(2 * math.prod(predicted) * neighbour[1])

@@ -49,8 +49,7 @@ def restore_tokens(
     check_tensor("pos_embed", pos_embed, tokens, FLOATING, (1, L, D))
     if not 1 <= num_tokens <= 1 + L:
         raise ValueError(f"tokens: expected 1 to {1 + L} of an image, got {num_tokens}")
-    result: Tensor = op.restore_tokens(tokens, mask_token, pos_embed, ids_restore, backend)
-    return result
+    return op.restore_tokens(tokens, mask_token, pos_embed, ids_restore, backend)
 
 
 def masked_patch_mse(
@@ -87,6 +86,4 @@ def masked_patch_mse(
     check_tensor("predicted", predicted, images, FLOATING, (*ids_removed.shape, F))
     expect(ids_removed.numel() > 0, "ids_removed", "at least one patch", "none")
     expect(F > 1 or not normalize, "normalize", "patches of more than one number", F)
-    loss: Tensor
-    loss, _ = op.masked_patch_mse(predicted, images, ids_removed, patch_size, normalize, backend)
-    return loss
+    return op.masked_patch_mse(predicted, images, ids_removed, patch_size, normalize, backend)

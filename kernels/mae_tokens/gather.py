@@ -46,8 +46,7 @@ def gather_patches(
     check_images(images, patch_size)
     expect(to in FLOATING, "dtype", "a float", to, TypeError)
     check_tensor("ids", ids, images, INDEX, (len(images), None))
-    rows: Tensor = op.gather_patches(images, ids, patch_size, to, backend)
-    return rows
+    return op.gather_patches(images, ids, patch_size, to, backend)
 
 
 def check_images(images: Tensor, patch_size: int) -> int:

@@ -4,6 +4,7 @@ Who runs is decided inside, by device and dtype, so that a compiled program deci
 CPU the definition runs, with its backward written out: no gather's gradient is scattered.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -11,18 +12,24 @@ import torch
 from torch import Tensor
 
 from maect_fast.kernels._common import gpu
+from maect_fast.kernels._common.library import Differentiable, needs_gradient, operator
+from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.mae_tokens import reference
 
 __all__ = [
     "gather_patches",
+    "gather_patches_fwd",
     "masked_patch_mse",
+    "masked_patch_mse_fwd",
     "mse_gradient",
     "mse_obstacle",
     "restore_gradient",
     "restore_tokens",
+    "restore_tokens_fwd",
     "triton_obstacle",
 ]
 
+GATHER, RESTORE, RESTORE_BACKWARD, MSE, MSE_BACKWARD = (Plans() for _ in range(5))
 # Numbers of a patch of which the loss's kernels hold all at once.
 MAX_NUMBERS = 4096
 
@@ -46,7 +53,7 @@ def mse_obstacle(predicted: Tensor, images: Tensor) -> str | None:
 
 def _is_triton(backend: str, tensor: Tensor, obstacle: str | None) -> bool:
     """Whether the kernels run: "auto" takes them on CUDA wherever they can."""
-    return backend == "triton" or (backend == "auto" and tensor.is_cuda and obstacle is None)
+    return backend == "triton" or (backend == "auto" and gpu.is_gpu(tensor) and obstacle is None)
 
 
 def _triton() -> ModuleType:
@@ -55,51 +62,49 @@ def _triton() -> ModuleType:
     return triton_kernel
 
 
-@torch.library.custom_op("maect_fast::gather_patches", mutates_args=())
-def gather_patches(
+def _gather_fake(
     images: Tensor, ids: Tensor, patch_size: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Rows [B, N, C * K * K] in `dtype`."""
-    if not _is_triton(backend, images, triton_obstacle(images, dtype=dtype)):
-        return reference.gather_patches(images, ids, patch_size, dtype)
-    with gpu.current(images):
-        result: Tensor = _triton().gather_patches(images, ids, patch_size, dtype)
-    return result
-
-
-@gather_patches.register_fake
-def _(images: Tensor, ids: Tensor, patch_size: int, dtype: torch.dtype, backend: str) -> Tensor:
     return images.new_empty((*ids.shape, images.shape[1] * patch_size**2), dtype=dtype)
 
 
-def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, ids, ctx.patch_size, _, _ = inputs
-    ctx.save_for_backward(images, ids)
-
-
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    images, ids = ctx.saved_tensors
-    return reference.scatter_patches(grad, ids, images, ctx.patch_size), *[None] * 4
-
-
-gather_patches.register_autograd(_gather_backward, setup_context=_save_gather)
-
-
-@torch.library.custom_op("maect_fast::restore_tokens_fwd", mutates_args=())
-def restore_tokens(
-    tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor, backend: str
+@operator("gather_patches", fake=_gather_fake)
+def gather_patches_fwd(
+    images: Tensor, ids: Tensor, patch_size: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Tokens [B, 1 + L, D]."""
-    inputs = (tokens, mask_token, pos_embed, ids_restore)
-    if not _is_triton(backend, tokens, triton_obstacle(*inputs[:3])):
-        return reference.restore_tokens(*inputs)
-    with gpu.current(tokens):
-        result: Tensor = _triton().restore_tokens(*inputs)
-    return result
+    """Rows [B, N, C * K * K] in `dtype`."""
+    planned = ((images, ids), (patch_size, dtype, backend))
+    found = GATHER.replay(*planned)
+    if found is None:
+        if not _is_triton(backend, images, triton_obstacle(images, dtype=dtype)):
+            return reference.gather_patches(images, ids, patch_size, dtype)
+        launcher = partial(_triton().gather_patches, images, ids, patch_size, dtype)
+        found = GATHER.record(lambda: (launcher(),), *planned)
+    return found[0]
 
 
-@restore_tokens.register_fake
-def _(
+def gather_patches(*arguments: Any) -> Tensor:
+    """The same with its gradient."""
+    rows: Tensor = _differentiate(_GatherPatches, gather_patches_fwd, 1, arguments)
+    return rows
+
+
+class _GatherPatches(Differentiable):
+    op = "gather_patches"
+    forward = staticmethod(gather_patches_fwd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        images, ids, ctx.patch_size, _, _ = inputs
+        ctx.save_for_backward(images, ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        images, ids = ctx.saved_tensors
+        return reference.scatter_patches(grad, ids, images, ctx.patch_size), *[None] * 4
+
+
+def _restore_fake(
     tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor, backend: str
 ) -> Tensor:
     B, _, D = tokens.shape
@@ -107,21 +112,22 @@ def _(
     return tokens.new_empty((B, 1 + ids_restore.shape[1], D), dtype=dtype)
 
 
-@torch.library.custom_op("maect_fast::restore_tokens_bwd", mutates_args=())
-def restore_gradient(
-    grad: Tensor, ids_restore: Tensor, num_tokens: int, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the tokens, and of the mask token in at least fp32, [D]."""
-    inputs = (grad, ids_restore, num_tokens, dtype)
-    if not _is_triton(backend, grad, triton_obstacle(grad, dtype=dtype)):
-        return reference.restore_gradient(*inputs)
-    with gpu.current(grad):
-        result: tuple[Tensor, Tensor] = _triton().restore_gradient(*inputs)
-    return result
+@operator("restore_tokens_fwd", fake=_restore_fake)
+def restore_tokens_fwd(
+    tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor, backend: str
+) -> Tensor:
+    """Tokens [B, 1 + L, D]."""
+    inputs = (tokens, mask_token, pos_embed, ids_restore)
+    found = RESTORE.replay(inputs, (backend,))
+    if found is None:
+        if not _is_triton(backend, tokens, triton_obstacle(*inputs[:3])):
+            return reference.restore_tokens(*inputs)
+        launcher = partial(_triton().restore_tokens, *inputs)
+        found = RESTORE.record(lambda: (launcher(),), inputs, (backend,))
+    return found[0]
 
 
-@restore_gradient.register_fake
-def _(
+def _restore_gradient_fake(
     grad: Tensor, ids_restore: Tensor, num_tokens: int, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
     B, _, D = grad.shape
@@ -129,42 +135,54 @@ def _(
     return grad.new_empty((B, num_tokens, D), dtype=dtype), grad.new_empty((D,), dtype=wide)
 
 
-def _save_restore(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tokens, mask_token, pos_embed, ids_restore, ctx.backend = inputs
-    ctx.num_tokens = tokens.shape[1]
-    ctx.dtypes = [x.dtype for x in (tokens, mask_token, pos_embed)]
-    ctx.save_for_backward(ids_restore)
-
-
-def _restore_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (ids_restore,) = ctx.saved_tensors
-    dtype, mask_dtype, pos_dtype = ctx.dtypes
-    arguments = (grad, ids_restore, ctx.num_tokens, dtype, ctx.backend)
-    grad_tokens, grad_mask = restore_gradient(*arguments)
-    grad_pos = None
-    if ctx.needs_input_grad[2]:
-        grad_pos = grad[:, 1:].sum(0, keepdim=True).to(pos_dtype)
-    return grad_tokens, grad_mask.to(mask_dtype)[None, None], grad_pos, None, None
-
-
-restore_tokens.register_autograd(_restore_backward, setup_context=_save_restore)
-
-
-@torch.library.custom_op("maect_fast::masked_patch_mse_fwd", mutates_args=())
-def masked_patch_mse(
-    predicted: Tensor, images: Tensor, ids: Tensor, patch_size: int, normalize: bool, backend: str
+@operator("restore_tokens_bwd", fake=_restore_gradient_fake)
+def restore_gradient(
+    grad: Tensor, ids_restore: Tensor, num_tokens: int, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Loss, 0-d, and the error that the definition's backward multiplies; of the kernels none."""
-    inputs = (predicted, images, ids, patch_size, normalize)
-    if not _is_triton(backend, predicted, mse_obstacle(predicted, images)):
-        return reference.masked_patch_mse(*inputs)
-    with gpu.current(predicted):
-        loss: Tensor = _triton().masked_patch_mse(*inputs)
-    return loss, loss.new_empty((0,))
+    """Gradient of the tokens, and of the mask token in at least fp32, [D]."""
+    planned = ((grad, ids_restore), (num_tokens, dtype, backend))
+    found = RESTORE_BACKWARD.replay(*planned)
+    if found is None:
+        inputs = (grad, ids_restore, num_tokens, dtype)
+        if not _is_triton(backend, grad, triton_obstacle(grad, dtype=dtype)):
+            return reference.restore_gradient(*inputs)
+        launcher = partial(_triton().restore_gradient, *inputs)
+        found = RESTORE_BACKWARD.record(launcher, *planned)
+    grad_tokens, part = found
+    return grad_tokens, part.sum(0)
 
 
-@masked_patch_mse.register_fake
-def _(
+def restore_tokens(*arguments: Any) -> Tensor:
+    """The op with its gradients."""
+    restored: Tensor = _differentiate(_RestoreTokens, restore_tokens_fwd, 3, arguments)
+    return restored
+
+
+class _RestoreTokens(Differentiable):
+    op = "restore_tokens"
+    forward = staticmethod(restore_tokens_fwd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tokens, mask_token, pos_embed, ids_restore, ctx.backend = inputs
+        ctx.num_tokens = tokens.shape[1]
+        ctx.dtypes = [x.dtype for x in (tokens, mask_token, pos_embed)]
+        ctx.save_for_backward(ids_restore)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids_restore,) = ctx.saved_tensors
+        dtype, mask_dtype, pos_dtype = ctx.dtypes
+        arguments = (grad, ids_restore, ctx.num_tokens, dtype, ctx.backend)
+        grad_tokens, grad_mask = restore_gradient(*arguments)
+        grad_pos = None
+        if ctx.needs_input_grad[2]:
+            grad_pos = grad[:, 1:].sum(0, keepdim=True).to(pos_dtype)
+        grads = _RestoreTokens.last((grad,), grad_tokens, grad_mask.to(mask_dtype)[None, None])
+        return *grads, grad_pos, None, None
+
+
+def _mse_fake(
     predicted: Tensor, images: Tensor, ids: Tensor, patch_size: int, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     is_triton = _is_triton(backend, predicted, mse_obstacle(predicted, images))
@@ -174,7 +192,28 @@ def _(
     return error.new_empty(()), error
 
 
-@torch.library.custom_op("maect_fast::masked_patch_mse_bwd", mutates_args=())
+@operator("masked_patch_mse_fwd", fake=_mse_fake)
+def masked_patch_mse_fwd(
+    predicted: Tensor, images: Tensor, ids: Tensor, patch_size: int, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Loss, 0-d, and the error that the definition's backward multiplies; of the kernels none."""
+    planned = ((predicted, images, ids), (patch_size, normalize, backend))
+    found = MSE.replay(*planned)
+    if found is None:
+        inputs = (predicted, images, ids, patch_size, normalize)
+        if not _is_triton(backend, predicted, mse_obstacle(predicted, images)):
+            return reference.masked_patch_mse(*inputs)
+        launcher = partial(_triton().masked_patch_mse, *inputs)
+        found = MSE.record(lambda: (launcher(),), *planned)
+    loss = found[0].sum() / predicted.numel()
+    return loss, loss.new_empty((0,))
+
+
+def _mse_gradient_fake(grad: Tensor, predicted: Tensor, *_: Any) -> Tensor:
+    return predicted.new_empty(predicted.shape)
+
+
+@operator("masked_patch_mse_bwd", fake=_mse_gradient_fake)
 def mse_gradient(
     grad: Tensor,
     predicted: Tensor,
@@ -186,35 +225,47 @@ def mse_gradient(
     backend: str,
 ) -> Tensor:
     """Gradient of the predictions."""
-    if not _is_triton(backend, predicted, mse_obstacle(predicted, images)):
-        return reference.mse_gradient(grad, error, predicted.dtype)
-    with gpu.current(predicted):
-        result: Tensor = _triton().mse_gradient(grad, predicted, images, ids, patch_size, normalize)
+    planned = ((grad, predicted, images, ids), (patch_size, normalize, backend))
+    found = MSE_BACKWARD.replay(*planned)
+    if found is None:
+        if not _is_triton(backend, predicted, mse_obstacle(predicted, images)):
+            return reference.mse_gradient(grad, error, predicted.dtype)
+        inputs = (grad, predicted, images, ids, patch_size, normalize)
+        launcher = partial(_triton().mse_gradient, *inputs)
+        found = MSE_BACKWARD.record(lambda: (launcher(),), *planned)
+    return found[0]
+
+
+def masked_patch_mse(*arguments: Any) -> Tensor:
+    """The loss with its gradient."""
+    result: Tensor = _differentiate(_MaskedPatchMSE, masked_patch_mse_fwd, 1, arguments)[0]
     return result
 
 
-@mse_gradient.register_fake
-def _(grad: Tensor, predicted: Tensor, *_: Any) -> Tensor:
-    return predicted.new_empty(predicted.shape)
+class _MaskedPatchMSE(Differentiable):
+    op = "masked_patch_mse"
+    forward = staticmethod(masked_patch_mse_fwd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        predicted, images, ids, ctx.patch_size, ctx.normalize, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        # No zeros for the error, which has no gradient.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(predicted, images, ids, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        options = (ctx.patch_size, ctx.normalize, ctx.backend)
+        result = mse_gradient(grad, *ctx.saved_tensors, *options)
+        return *_MaskedPatchMSE.last((grad, ctx.saved_tensors[0]), result), *[None] * 5
 
 
-def _save_mse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    predicted, images, ids, ctx.patch_size, ctx.normalize, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(predicted, images, ids, output[1])
-
-
-def _mse_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    options = (ctx.patch_size, ctx.normalize, ctx.backend)
-    return mse_gradient(grad, *ctx.saved_tensors, *options), *[None] * 5
-
-
-masked_patch_mse.register_autograd(_mse_backward, setup_context=_save_mse)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("restore_tokens and masked_patch_mse have no second derivative")
-
-
-restore_gradient.register_autograd(_no_second_derivative)
-mse_gradient.register_autograd(_no_second_derivative)
+def _differentiate(
+    function: type[Differentiable], forward: Any, num_inputs: int, arguments: tuple[Any, ...]
+) -> Any:
+    if needs_gradient(function.op, *arguments[:num_inputs]):
+        return function.call(*arguments)
+    return forward(*arguments)

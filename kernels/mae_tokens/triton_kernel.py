@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common.gpu import num_multiprocessors
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.mae_tokens.triton_device import (
     gather_kernel,
     mse_backward_kernel,
@@ -78,8 +79,15 @@ def gather_patches(
     grid = (triton.cdiv(B * N, row.blocks["BLOCK_R"]), triton.cdiv(F, row.blocks["BLOCK_F"]))
     arguments = (images, ids, out, B * N, N, *_grid_size(images, patch_size))
     if out.numel() > 0:
-        gather_kernel[grid](
-            *arguments, *images.stride(), *ids.stride(), K=patch_size, F=F, **row.options
+        launch(
+            gather_kernel,
+            grid,
+            *arguments,
+            *images.stride(),
+            *ids.stride(),
+            K=patch_size,
+            F=F,
+            **row.options,
         )
     return out
 
@@ -100,7 +108,7 @@ def restore_tokens(
     arguments = (tokens, mask_token, pos_embed, ids_restore, out, R, num_tokens, L)
     strides = (*tokens.stride()[:2], pos_embed.stride(1), *ids_restore.stride())
     if out.numel() > 0:
-        restore_kernel[grid](*arguments, *strides, D=D, **row.options)
+        launch(restore_kernel, grid, *arguments, *strides, D=D, **row.options)
     return out
 
 
@@ -111,7 +119,7 @@ def restore_gradient(
     dtype: torch.dtype,
     row: LaunchRow = RESTORE_BACKWARD[0],
 ) -> tuple[Tensor, Tensor]:
-    """`reference.restore_gradient`."""
+    """`reference.restore_gradient`; of the mask token's in parts [.., D], to be added up."""
     (B, L), D = ids_restore.shape, grad.shape[2]
     out = grad.new_empty((B, num_tokens, D), dtype=dtype)
     R, block = B * (1 + L), row.blocks["BLOCK_R"]
@@ -122,10 +130,16 @@ def restore_gradient(
     part = grad.new_empty((num_parts, D), dtype=torch.float32)
     arguments = (grad, ids_restore, out, part, R, span, num_tokens, L)
     if part.numel() > 0:
-        restore_backward_kernel[(num_parts, slices)](
-            *arguments, *grad.stride(), *ids_restore.stride(), D=D, **row.options
+        launch(
+            restore_backward_kernel,
+            (num_parts, slices),
+            *arguments,
+            *grad.stride(),
+            *ids_restore.stride(),
+            D=D,
+            **row.options,
         )
-    return out, part.sum(0)
+    return out, part
 
 
 def launch_config(images: Tensor, patch_size: int) -> LaunchRow:
@@ -142,12 +156,12 @@ def masked_patch_mse(
     normalize: bool,
     row: LaunchRow | None = None,
 ) -> Tensor:
-    """Loss of `reference.masked_patch_mse`."""
+    """Sums of the squared error of `reference.masked_patch_mse` over each patch, [B, M]."""
     row = row or launch_config(images, patch_size)
     sums = predicted.new_empty(predicted.shape[:2], dtype=torch.float32)
     arguments, options = _mse(predicted, images, ids, patch_size, normalize, row)
-    mse_kernel[_mse_grid(ids, row)](predicted, images, ids, sums, *arguments, **options)
-    return sums.sum() / predicted.numel()
+    launch(mse_kernel, _mse_grid(ids, row), predicted, images, ids, sums, *arguments, **options)
+    return sums
 
 
 def mse_gradient(
@@ -163,8 +177,17 @@ def mse_gradient(
     row = row or launch_config(images, patch_size)
     out = predicted.new_empty(predicted.shape)
     arguments, options = _mse(predicted, images, ids, patch_size, normalize, row)
-    mse_backward_kernel[_mse_grid(ids, row)](
-        grad, 2 / predicted.numel(), predicted, images, ids, out, *arguments, **options
+    launch(
+        mse_backward_kernel,
+        _mse_grid(ids, row),
+        grad,
+        2 / predicted.numel(),
+        predicted,
+        images,
+        ids,
+        out,
+        *arguments,
+        **options,
     )
     return out
 

@@ -93,8 +93,7 @@ def _attend(
     check_backend(name, backend, triton=lambda: op.triton_obstacle(factor, *inputs))
     if backend == "reference":
         return getattr(reference, name)(*inputs, *modes, factor)[0]  # type: ignore[no-any-return]
-    save_lse = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return getattr(op, name)(*inputs, *modes, factor, save_lse, backend)[0]  # type: ignore[no-any-return]
+    return getattr(op, name)(*inputs, *modes, factor, backend)  # type: ignore[no-any-return]
 
 
 def _check_modes(modes: Modes) -> tuple[None, ...]:

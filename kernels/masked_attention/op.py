@@ -7,6 +7,7 @@ forward op, lse, is private to its pair, Triton's to base 2, and has the rows of
 backward needs, none.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,17 +16,22 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maect_fast.kernels._common import gpu
+from maect_fast.kernels._common.library import Differentiable, needs_gradient, operator
+from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.masked_attention import padded
 
 __all__ = [
     "attention",
     "attention_bwd",
+    "attention_fwd",
     "masked_attention",
     "masked_attention_bwd",
+    "masked_attention_fwd",
     "triton_obstacle",
 ]
 
-DEVICES = ("cpu", "cuda")
+Modes = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, Tensor | None]
+PACKED_FORWARD, PACKED_BACKWARD, FORWARD, BACKWARD = Plans(), Plans(), Plans(), Plans()
 MAX_HEAD_DIM = 128
 # Rows of a sample are found by 32-bit offsets.
 MAX_OFFSET = 2**31
@@ -49,7 +55,7 @@ def triton_obstacle(scale: float, *inputs: Tensor) -> str | None:
 def _implementation(backend: str, scale: float, *inputs: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` run; "auto" takes Triton for halves on CUDA."""
     if backend == "auto":
-        is_half = all(x.is_cuda and x.itemsize == 2 for x in inputs)
+        is_half = all(gpu.is_gpu(x) and x.itemsize == 2 for x in inputs)
         backend = "triton" if is_half and triton_obstacle(scale, *inputs) is None else "padded"
     if backend == "padded":
         return padded
@@ -58,107 +64,61 @@ def _implementation(backend: str, scale: float, *inputs: Tensor) -> ModuleType:
     return triton_kernel
 
 
-@torch.library.custom_op("maect_fast::masked_attention_fwd", mutates_args=(), device_types=DEVICES)
-def masked_attention(
-    qkv: Tensor,
-    keep: Tensor | None,
-    seqlens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    key_mask: Tensor | None,
+def _forward(
+    plans: Plans,
+    inputs: tuple[Tensor, ...],
+    modes: Modes,
     scale: float,
     save_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse; `seqlens` bounds queries and keys."""
-    q, k, v = qkv.unbind(-3)
-    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-    with gpu.current(q):
-        result: tuple[Tensor, Tensor] = _implementation(backend, scale, q, k, v).forward(
-            q, k, v, modes, scale, bound_queries=True, save_lse=save_lse
+    """Of packed or separate q, k, v."""
+    keep, seqlens, cu_seqlens, max_seqlen, key_mask = modes
+    tensors = (*inputs, keep, seqlens, cu_seqlens, key_mask)
+    numbers = (max_seqlen, scale, save_lse, backend)
+    found = plans.replay(tensors, numbers)
+    if found is None:
+        is_packed = len(inputs) == 1
+        q, k, v = inputs[0].unbind(-3) if is_packed else inputs
+        implementation = _implementation(backend, scale, q, k, v)
+        run = partial(
+            implementation.forward,
+            *(q, k, v, modes, scale),
+            bound_queries=is_packed or cu_seqlens is not None,
+            save_lse=save_lse,
         )
-    return result
+        found = run() if implementation is padded else plans.record(run, tensors, numbers)
+    o, lse = found
+    return o, lse
 
 
-@torch.library.custom_op("maect_fast::masked_attention_bwd", mutates_args=(), device_types=DEVICES)
-def masked_attention_bwd(
+def _backward(
+    plans: Plans,
     do: Tensor,
-    qkv: Tensor,
+    inputs: tuple[Tensor, ...],
     o: Tensor,
     lse: Tensor,
-    keep: Tensor | None,
-    seqlens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    key_mask: Tensor | None,
+    modes: Modes,
     scale: float,
     backend: str,
-) -> Tensor:
-    """The gradient of qkv, one contiguous buffer."""
-    q, k, v = qkv.unbind(-3)
-    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-    with gpu.current(q):
-        (dqkv,) = _implementation(backend, scale, q, k, v).backward(
-            do, q, k, v, o, lse, modes, scale, bound_queries=True, is_packed=True
+) -> tuple[Tensor, ...]:
+    """The gradients of `inputs`."""
+    keep, seqlens, cu_seqlens, max_seqlen, key_mask = modes
+    tensors = (do, *inputs, o, lse, keep, seqlens, cu_seqlens, key_mask)
+    numbers = (max_seqlen, scale, backend)
+    found = plans.replay(tensors, numbers)
+    if found is None:
+        is_packed = len(inputs) == 1
+        q, k, v = inputs[0].unbind(-3) if is_packed else inputs
+        implementation = _implementation(backend, scale, q, k, v)
+        run = partial(
+            implementation.backward,
+            *(do, q, k, v, o, lse, modes, scale),
+            bound_queries=is_packed or cu_seqlens is not None,
+            is_packed=is_packed,
         )
-    return dqkv  # type: ignore[no-any-return]
-
-
-@torch.library.custom_op("maect_fast::attention_fwd", mutates_args=(), device_types=DEVICES)
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    seqlens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    key_mask: Tensor | None,
-    scale: float,
-    save_lse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Output and lse; `seqlens` bounds keys only."""
-    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-    with gpu.current(q):
-        result: tuple[Tensor, Tensor] = _implementation(backend, scale, q, k, v).forward(
-            q, k, v, modes, scale, bound_queries=cu_seqlens is not None, save_lse=save_lse
-        )
-    return result
-
-
-@torch.library.custom_op("maect_fast::attention_bwd", mutates_args=(), device_types=DEVICES)
-def attention_bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    keep: Tensor | None,
-    seqlens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    key_mask: Tensor | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, each contiguous."""
-    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-    with gpu.current(q):
-        dq, dk, dv = _implementation(backend, scale, q, k, v).backward(
-            do,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            modes,
-            scale,
-            bound_queries=cu_seqlens is not None,
-            is_packed=False,
-        )
-    return dq, dk, dv
+        found = run() if implementation is padded else plans.record(run, tensors, numbers)
+    return found
 
 
 def _empty_outputs(
@@ -184,7 +144,6 @@ def _empty_outputs(
     return q.new_empty(q.shape), lse
 
 
-@masked_attention.register_fake
 def _masked_attention_fwd_fake(
     qkv: Tensor,
     keep: Tensor | None,
@@ -199,7 +158,46 @@ def _masked_attention_fwd_fake(
     return _empty_outputs(qkv.select(-3, 0), keep, cu_seqlens, max_seqlen, save_lse)
 
 
-@attention.register_fake
+@operator("masked_attention_fwd", fake=_masked_attention_fwd_fake)
+def masked_attention_fwd(
+    qkv: Tensor,
+    keep: Tensor | None,
+    seqlens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    key_mask: Tensor | None,
+    scale: float,
+    save_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse; `seqlens` bounds queries and keys."""
+    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
+    return _forward(PACKED_FORWARD, (qkv,), modes, scale, save_lse, backend)
+
+
+def _masked_attention_bwd_fake(do: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+@operator("masked_attention_bwd", fake=_masked_attention_bwd_fake)
+def masked_attention_bwd(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    keep: Tensor | None,
+    seqlens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    key_mask: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """The gradient of qkv, one contiguous buffer."""
+    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
+    return _backward(PACKED_BACKWARD, do, (qkv,), o, lse, modes, scale, backend)[0]
+
+
 def _attention_fwd_fake(
     q: Tensor,
     k: Tensor,
@@ -216,41 +214,123 @@ def _attention_fwd_fake(
     return _empty_outputs(q, keep, cu_seqlens, max_seqlen, save_lse)
 
 
-@masked_attention_bwd.register_fake
-def _masked_attention_bwd_fake(do: Tensor, qkv: Tensor, *_: Any) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+@operator("attention_fwd", fake=_attention_fwd_fake)
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    seqlens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    key_mask: Tensor | None,
+    scale: float,
+    save_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse; `seqlens` bounds keys only."""
+    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
+    return _forward(FORWARD, (q, k, v), modes, scale, save_lse, backend)
 
 
-@attention_bwd.register_fake
 def _attention_bwd_fake(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@operator("attention_bwd", fake=_attention_bwd_fake)
+def attention_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    keep: Tensor | None,
+    seqlens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    key_mask: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, each contiguous."""
+    modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
+    dq, dk, dv = _backward(BACKWARD, do, (q, k, v), o, lse, modes, scale, backend)
+    return dq, dk, dv
+
+
+def masked_attention(*arguments: Any) -> Tensor:
+    """Output for packed q, k, v, modes, scale and backend, with its gradient."""
+    return _differentiate(_MaskedAttention, masked_attention_fwd, 1, arguments)
+
+
+def attention(*arguments: Any) -> Tensor:
+    """The same of separate q, k, v."""
+    return _differentiate(_Attention, attention_fwd, 3, arguments)
+
+
+def _differentiate(
+    function: type[Differentiable], forward: Any, num_inputs: int, arguments: tuple[Any, ...]
+) -> Tensor:
+    output: tuple[Tensor, Tensor]
+    if needs_gradient(function.op, *arguments[:num_inputs]):
+        output = function.call(*arguments)
+    else:
+        output = forward(*arguments[:-1], False, arguments[-1])
+    return output[0]
+
+
+class _MaskedAttention(Differentiable):
+    op = "masked_attention"
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return masked_attention_fwd(*arguments[:-1], True, arguments[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if do is None:
+            return (None,) * 8
+        qkv, o, lse, keep, seqlens, cu_seqlens, key_mask = ctx.saved_tensors
+        modes = (keep, seqlens, cu_seqlens, ctx.max_seqlen, key_mask)
+        dqkv = masked_attention_bwd(do, qkv, o, lse, *modes, ctx.scale, ctx.backend)
+        return *_MaskedAttention.last((do, qkv), dqkv), *(None,) * 7
+
+
+class _Attention(Differentiable):
+    op = "attention"
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return attention_fwd(*arguments[:-1], True, arguments[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if do is None:
+            return (None,) * 10
+        q, k, v, o, lse, keep, seqlens, cu_seqlens, key_mask = ctx.saved_tensors
+        modes = (keep, seqlens, cu_seqlens, ctx.max_seqlen, key_mask)
+        gradients = attention_bwd(do, q, k, v, o, lse, *modes, ctx.scale, ctx.backend)
+        return *_Attention.last((do, q, k, v), *gradients), *(None,) * 7
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *qkv, keep, seqlens, cu_seqlens, max_seqlen, key_mask, scale, _, backend = inputs
+    *qkv, keep, seqlens, cu_seqlens, max_seqlen, key_mask, scale, backend = inputs
     ctx.save_for_backward(*qkv, *output, keep, seqlens, cu_seqlens, key_mask)
     ctx.mark_non_differentiable(output[1])
+    # No zeros for lse, which has no gradient.
+    ctx.set_materialize_grads(False)
     ctx.max_seqlen, ctx.scale, ctx.backend = max_seqlen, scale, backend
-
-
-def _masked_attention_backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, o, lse, keep, seqlens, cu_seqlens, key_mask = ctx.saved_tensors
-    modes = (keep, seqlens, cu_seqlens, ctx.max_seqlen, key_mask)
-    dqkv = masked_attention_bwd(do, qkv, o, lse, *modes, ctx.scale, ctx.backend)
-    return dqkv, *(None,) * 8
-
-
-def _attention_backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, o, lse, keep, seqlens, cu_seqlens, key_mask = ctx.saved_tensors
-    modes = (keep, seqlens, cu_seqlens, ctx.max_seqlen, key_mask)
-    gradients = attention_bwd(do, q, k, v, o, lse, *modes, ctx.scale, ctx.backend)
-    return *gradients, *(None,) * 8
-
-
-masked_attention.register_autograd(_masked_attention_backward, setup_context=_save)
-attention.register_autograd(_attention_backward, setup_context=_save)
 
 
 def _num_products(q: Any, k: Any, keep: Any, cu_seqlens: Any, max_seqlen: Any) -> int:

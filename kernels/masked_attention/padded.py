@@ -227,10 +227,13 @@ def _math_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         dtype = q.dtype
-        do, q, k, v, o = (x.to(lse.dtype) for x in (do, q, k, v, o))
+        do, q, k, v = (x.to(lse.dtype) for x in (do, q, k, v))
         p = (_scores(q, k, bias, scale) - lse[..., None]).exp()
-        delta = (o * do).sum(-1, keepdim=True)
-        ds = p * (do @ v.transpose(-1, -2) - delta) * scale
+        dp = do @ v.transpose(-1, -2)
+        # Equals the sum over o * do, whose roundings are others than those of dp: where dp hardly
+        # differs from its mean, as with one key or two, dp - delta would be made of them.
+        delta = (p * dp).sum(-1, keepdim=True)
+        ds = p * (dp - delta) * scale
         dq, dk, dv = ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do
         return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 

@@ -8,8 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from maect_fast.kernels._common.gpu import num_multiprocessors, table_arch
-from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.gpu import table_arch
+from maect_fast.kernels._common.launch import H200, Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.masked_attention.triton_backward import (
     bwd_block_kernel,
     bwd_two_phase_kernel,
@@ -23,7 +24,6 @@ from maect_fast.kernels.masked_attention.triton_rows import (
     padded_dim,
     zero_tail_kernel,
 )
-from maect_fast.kernels.masked_attention.triton_slabs import bwd_slabs_kernel
 
 __all__ = ["backward", "forward", "machine_code"]
 
@@ -35,8 +35,8 @@ ALL = (80, 90)
 # Queries that a row for one query takes: a block's.
 FEW_QUERIES = 16
 TRITON_39 = (3, 9)
-# Up to so many features a slab of keys may be masked.
-MASKED_SLAB_DIM = 64
+# Rows of forms that stream keys and are made for so many take any number of them.
+MANY_KEYS = 257
 
 
 def _num_keys(N: int) -> int:
@@ -59,6 +59,7 @@ def _row(
     repeats: float = 1.0,
     triton_from: tuple[int, int] = (3, 6),
     triton_below: tuple[int, int] | None = None,
+    backing: str = "compiled",
 ) -> LaunchRow:
     """A launch for M queries, up to N keys, rounded up to 16, and up to D features.
 
@@ -91,6 +92,7 @@ def _row(
             hmma=hmma,
             opcodes={"MUFU.EX2": sum(m * n for m, n, _ in trips) // (32 * warps)},
         ),
+        backing=backing,
     )
 
 
@@ -117,11 +119,13 @@ def _streaming(
     M: int = 0,
     archs: tuple[int, ...] = ALL,
     warps: int = 4,
+    stages: int = 2,
     **limits: Any,
 ) -> LaunchRow:
-    """Forward for any N."""
+    """Forward, blocks of keys one after the other."""
     blocks = dict(zip(("BLOCK_M", "BLOCK_N"), block, strict=True))
-    return _row((M or N, N, D), [(*block, 2)], blocks, archs=archs, warps=warps, stages=2, **limits)
+    size, trips = (M or N, N, D), [(*block, 2)]
+    return _row(size, trips, blocks, archs=archs, warps=warps, stages=stages, **limits)
 
 
 def _block(
@@ -130,12 +134,6 @@ def _block(
     """Backward in one block."""
     trips = [(block, block, 5)]
     return _row((N, N, D), trips, {"BLOCK": block}, archs=archs, warps=warps, stages=1, **limits)
-
-
-def _slabs(N: int, D: int, *, archs: tuple[int, ...], **limits: Any) -> LaunchRow:
-    """Backward with dK and dV of 128 keys in registers."""
-    blocks = {"BLOCK_M": 64, "SLAB": 128}
-    return _row((N, N, D), [(64, 128, 5)], blocks, archs=archs, warps=8, stages=1, **limits)
 
 
 def _two_phase(
@@ -149,32 +147,52 @@ def _two_phase(
     stages: int = 1,
     **limits: Any,
 ) -> LaunchRow:
-    """Backward for any N: (queries, keys) of the programs for keys, and of those for queries."""
+    """Backward: (queries, keys) of the programs for keys, and of those for queries."""
     names = ("KEYS_M", "KEYS_N", "QUERIES_M", "QUERIES_N")
     blocks = dict(zip(names, (*keys, *queries), strict=True))
     trips = [(*keys, 4), (*queries, 3)]
     return _row((M or N, N, D), trips, blocks, archs=archs, warps=4, stages=stages, **limits)
 
 
-# The first row that covers the sizes is taken. Those that stream blocks of keys take any N.
+def _measured(milliseconds: float, others: str = "alone") -> str:
+    """What backs a row that was timed with B 512 and H 16."""
+    return f"measured: {milliseconds} ms, {others}, {H200}"
+
+
+# The first row that covers the sizes is taken.
 FORWARD = (
     # Left alone, ptxas spills to fit one block more, here and below.
     _streaming(257, 128, (16, 32), M=1, warps=2, registers=192, fit=4, hmma=32, maxnreg=192),
-    *(
-        _resident(N, D, archs=(90,), stages=stages, registers=registers, fit=fit)
-        for N, D, stages, registers, fit in (
-            (50, 64, 1, 96, 5),
-            (50, 80, 1, 128, 4),
-            (65, 64, 1, 96, 5),
-            (65, 80, 2, 128, 4),
-            (197, 32, 1, 255, 2),
-            (197, 64, 1, 255, 2),
-            (197, 80, 1, 255, 2),
-            (257, 32, 1, 255, 2),
-            (257, 64, 1, 255, 2),
-            (257, 80, 1, 255, 2),
-        )
+    _resident(50, 64, archs=(90,), registers=96, fit=5, backing=_measured(0.068)),
+    _resident(50, 80, archs=(90,), registers=128, fit=4, backing=_measured(0.086)),
+    _resident(65, 64, archs=(90,), registers=96, fit=5),
+    _resident(
+        65,
+        80,
+        archs=(90,),
+        licm=True,
+        triton_below=TRITON_39,
+        registers=128,
+        fit=4,
+        backing=_measured(0.135, "first of 24"),
     ),
+    # From 3.9 on masks cost 40 registers more.
+    _resident(65, 80, archs=(90,), licm=True, triton_from=TRITON_39, registers=168, fit=3),
+    _resident(197, 32, archs=(90,), registers=255, fit=2, backing=_measured(0.283)),
+    _resident(197, 64, archs=(90,), registers=255, fit=2, backing=_measured(0.407, "first of 24")),
+    _streaming(
+        197,
+        80,
+        (64, 32),
+        archs=(90,),
+        stages=3,
+        registers=128,
+        fit=4,
+        backing=_measured(0.607, "first of 24"),
+    ),
+    _resident(257, 32, archs=(90,), registers=255, fit=2, backing=_measured(0.499)),
+    _resident(257, 64, archs=(90,), registers=255, fit=2),
+    _resident(257, 80, archs=(90,), registers=255, fit=2, backing=_measured(0.889, "first of 22")),
     *(
         _resident(
             N, D, archs=(80,), stages=stages, triton_below=TRITON_39, registers=registers, fit=fit
@@ -200,8 +218,8 @@ FORWARD = (
 )
 BACKWARD = (
     _block(50, 32, 64, warps=4, registers=128, fit=4),
-    _block(50, 64, 64, warps=4, registers=148, fit=3),
-    _block(50, 80, 64, warps=4, registers=255, fit=2),
+    _block(50, 64, 64, warps=4, registers=148, fit=3, backing=_measured(0.117)),
+    _block(50, 80, 64, warps=4, registers=255, fit=2, backing=_measured(0.149)),
     _block(50, 128, 64, warps=4, registers=255, fit=2),
     _two_phase(
         257,
@@ -216,14 +234,40 @@ BACKWARD = (
         repeats=9 / 7,
     ),
     _block(65, 64, 128, warps=8, registers=255, fit=1),
-    _block(65, 80, 128, archs=(90,), warps=8, registers=208, fit=1),
+    _two_phase(
+        65,
+        80,
+        (32, 64),
+        (64, 32),
+        archs=(90,),
+        registers=168,
+        fit=3,
+        backing=_measured(0.586, "first of 28"),
+    ),
     _block(65, 128, 128, archs=(90,), warps=8, registers=255, fit=1),
-    _slabs(257, 32, archs=(90,), registers=230, fit=1),
-    _slabs(257, 64, archs=(90,), registers=255, fit=1),
-    _slabs(257, 80, archs=(90,), registers=255, fit=1),
+    # Chosen by the times at D 64 and 80: at 32 none was taken.
     _two_phase(257, 32, (32, 64), (64, 64), registers=182, fit=2),
     _two_phase(257, 80, (32, 64), (64, 32), archs=(80,), registers=255, fit=2),
-    _two_phase(257, 80, (32, 64), (64, 64), archs=(90,), registers=196, fit=2),
+    _two_phase(
+        257,
+        64,
+        (32, 64),
+        (64, 64),
+        archs=(90,),
+        registers=182,
+        fit=2,
+        backing=_measured(1.49, "first of 26, at N 197"),
+    ),
+    _two_phase(
+        257,
+        80,
+        (32, 64),
+        (64, 64),
+        archs=(90,),
+        registers=196,
+        fit=2,
+        backing=_measured(3.21, "first of 26 (2.11 at N 197)"),
+    ),
     _two_phase(257, 128, (32, 32), (64, 32), archs=(80,), registers=230, fit=2),
     _two_phase(257, 128, (32, 64), (64, 32), archs=(90,), registers=255, fit=2),
 )
@@ -237,29 +281,29 @@ ZERO = LaunchRow(
     sizes={"B": 512, "H": 16, "M": 257, "N": 257, "D": 80},
     limits=Limits(registers=16, blocks_per_sm=16),
 )
+# Modes that every row is compiled for.
+VARIANTS: dict[str, dict[str, bool]] = {
+    "dense": {},
+    "masked": {"seqlens": True, "key_mask": True},
+}
 
 
-def launch_config(
-    table: tuple[LaunchRow, ...], q: Tensor, M: int, N: int, *, has_mask: bool
-) -> LaunchRow:
-    """The first row of a table that covers these sizes and modes."""
+def launch_config(table: tuple[LaunchRow, ...], q: Tensor, M: int, N: int) -> LaunchRow:
+    """The first row of a table that covers these sizes."""
     arch = table_arch(q.device)
     # No row of sm_80 takes more shared memory than any device has.
     rows = fitting(table, 80 if arch == 86 else arch)
-    return next(row for row in rows if _covers(row, M, N, q.shape[-1], has_mask))
+    return next(row for row in rows if _covers(row, M, N, q.shape[-1]))
 
 
-def _covers(row: LaunchRow, M: int, N: int, D: int, has_mask: bool) -> bool:
+def _covers(row: LaunchRow, M: int, N: int, D: int) -> bool:
     sizes, blocks = row.sizes, row.blocks
     if sizes["D"] < D or (sizes["M"] == 1 and M > FEW_QUERIES):
         return False
     if "BLOCK" in blocks:
         return max(M, N) <= blocks["BLOCK"]
-    # Predicates of a mask are too many beside these accumulators.
-    if "SLAB" in blocks and has_mask and sizes["D"] > MASKED_SLAB_DIM:
-        return False
     streams = "BLOCK_N" in blocks or "KEYS_N" in blocks
-    return streams or _num_keys(sizes["N"]) >= N
+    return (streams and sizes["N"] == MANY_KEYS) or _num_keys(sizes["N"]) >= N
 
 
 def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
@@ -307,7 +351,7 @@ def _empty_rows(x: Tensor, shape: tuple[int, ...], modes: Modes) -> Tensor:
     if cu_seqlens is not None:
         width = rows[0].numel() if len(rows) else 0
         arguments = (rows, cu_seqlens[-1:], len(rows))
-        zero_tail_kernel[(ZERO_PROGRAMS,)](*arguments, WIDTH=width, **ZERO.options)
+        launch(zero_tail_kernel, (ZERO_PROGRAMS,), *arguments, WIDTH=width, **ZERO.options)
     return rows
 
 
@@ -329,16 +373,16 @@ def forward(
     lse = q.new_empty((B, H, M) if save_lse else (0,), dtype=torch.float32)
     if B * M * H == 0:
         return o, lse
-    row = row or launch_config(FORWARD, q, M, N, has_mask=switches["HAS_MASK"])
+    row = row or launch_config(FORWARD, q, M, N)
     align, strides = _strides(q, k, v)
     stride_ob = 0 if o.ndim == 3 else o.stride(0)
     arguments = (q, k, v, o, lse, *pointers, scale, M, N, *strides, stride_ob, *mask_strides)
     options = {"H": H, "D": D, "ALIGN": align, "SAVE_LSE": save_lse, **switches, **row.options}
     if "BLOCK_N" in row.blocks:
         grid = (B * H * triton.cdiv(M, row.blocks["BLOCK_M"]),)
-        fwd_streaming_kernel[grid](*arguments, **options)
+        launch(fwd_streaming_kernel, grid, *arguments, **options)
     else:
-        fwd_resident_kernel[(B * H,)](*arguments, NUM_KEYS=_num_keys(N), **options)
+        launch(fwd_resident_kernel, (B * H,), *arguments, NUM_KEYS=_num_keys(N), **options)
     return o, lse
 
 
@@ -370,7 +414,7 @@ def backward(
         return tuple(x.zero_() for x in gradients)
     if do.stride(-1) != 1:
         do = do.contiguous()
-    row = row or launch_config(BACKWARD, q, M, N, has_mask=switches["HAS_MASK"])
+    row = row or launch_config(BACKWARD, q, M, N)
     align, strides = _strides(do, q, k, v)
     batch_strides = [0 if x.ndim == 3 else x.stride(0) for x in (o, dq, dk)]
     arguments = (do, q, k, v, o, lse, dq, dk, dv, *pointers, scale, M, N)
@@ -378,17 +422,10 @@ def backward(
     options = {"H": H, "D": D, "ALIGN": align, **switches, **row.options}
     num_heads = B * H
     if "BLOCK" in row.blocks:
-        bwd_block_kernel[(num_heads,)](*arguments, **options)
-    elif "SLAB" in row.blocks:
-        programs = min(num_heads, num_multiprocessors(q.device) * row.limits.blocks_per_sm)
-        block = row.blocks["BLOCK_M"]
-        rows = triton.cdiv(M, block) * block
-        part = lse.new_empty(programs, rows, padded_dim(D))
-        delta = lse.new_empty(programs, rows)
-        bwd_slabs_kernel[(programs,)](*arguments, part, delta, num_heads, **options)
+        launch(bwd_block_kernel, (num_heads,), *arguments, **options)
     else:
         num_blocks = triton.cdiv(N, row.blocks["KEYS_N"]) + triton.cdiv(M, row.blocks["QUERIES_M"])
-        bwd_two_phase_kernel[(num_heads * num_blocks,)](*arguments, **options)
+        launch(bwd_two_phase_kernel, (num_heads * num_blocks,), *arguments, **options)
     return gradients
 
 
@@ -396,24 +433,16 @@ def machine_code(arch: int) -> Iterator[Launch]:
     """Every row as it is launched at its sizes, in its variants."""
     for row in fitting(FORWARD, arch):
         kernel = fwd_streaming_kernel if "BLOCK_N" in row.blocks else fwd_resident_kernel
-        for variant, modes in _variants(row):
+        for variant, modes in VARIANTS.items():
             call = partial(_forward_at, row, **modes)
             yield Launch(kernel=kernel, row=row, call=call, variant=variant)
     for row in fitting(BACKWARD, arch):
         kernel = bwd_block_kernel if "BLOCK" in row.blocks else bwd_two_phase_kernel
-        kernel = bwd_slabs_kernel if "SLAB" in row.blocks else kernel
-        for variant, modes in _variants(row):
+        for variant, modes in VARIANTS.items():
             call = partial(_backward_at, row, **modes)
             yield Launch(kernel=kernel, row=row, call=call, variant=variant)
     call = partial(_packed_at, fitting(FORWARD, arch)[-1])
     yield Launch(kernel=zero_tail_kernel, row=ZERO, call=call)
-
-
-def _variants(row: LaunchRow) -> Iterator[tuple[str, dict[str, bool]]]:
-    """Modes that a row is compiled for, by name."""
-    has_mask = "SLAB" not in row.blocks or row.sizes["D"] <= MASKED_SLAB_DIM
-    yield "dense", {}
-    yield "masked", {"seqlens": True, "key_mask": has_mask}
 
 
 def _inputs_at(

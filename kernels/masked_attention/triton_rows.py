@@ -26,7 +26,6 @@ __all__ = [
     "start_of",
     "store_counted",
     "store_rows",
-    "zero_rows",
     "zero_tail_kernel",
     "zeros",
 ]
@@ -216,14 +215,6 @@ def store_counted(ptr, rows, stride, inside, counts, x, factor, D: tl.constexpr)
     for i in tl.static_range(len(x)):
         y = y + (tl.where(counts[:, None], x[i] * factor, 0.0),)
     store_rows(ptr, rows, stride, inside, y, D)
-
-
-@triton.jit
-def zero_rows(ptr, start, end, stride, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Zero the rows of a head in the blocks behind that of row `start`."""
-    for m in tl.range(tl.cdiv(start, BLOCK) * BLOCK, end, BLOCK):
-        offs = m + tl.arange(0, BLOCK)
-        store_rows(ptr, offs, stride, offs < end, zeros(BLOCK, D), D)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -90,8 +90,8 @@ def queue_topk(
     check_int64("pick", rank, query.shape[:-1])
     tensors = (query_id, queue_id, query_label, queue_label)
     if backend == "reference":
-        if draw:
-            rank = reference.draw_ranks(Pick(*draw), query.shape[:-1], k, query.device)
+        if isinstance(pick, Pick):
+            rank = reference.draw_ranks(pick, query.shape[:-1], k, query.device)
         return reference.queue_topk(query.detach(), queue.detach(), k, *tensors, rank)
     found = op.queue_topk(query.detach(), queue.detach(), k, *tensors, rank, draw, shadow, backend)
     # What was not asked for is an empty tensor, as an op cannot return None.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maect_fast.kernels._common import cpp, gpu
+from maect_fast.kernels._common.library import operator
+from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.queue_topk import reference
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "triton_obstacle",
 ]
 
+SEARCH, ENQUEUE = Plans(scalars=("seed", "step", "view", "row_number")), Plans()
 # Of the Triton kernels; what is larger is for the reference. Sums of so many products of int8, with
 # a number in front, are 32-bit integers.
 MAX_K, MAX_D = 200, 8192
@@ -40,50 +44,12 @@ def triton_obstacle(query: Tensor, queue: Tensor, k: int) -> str | None:
 
 def _choose(query: Tensor, queue: Tensor, k: int) -> str:
     """The backend behind "auto": by device, and the reference where no kernel can."""
-    if query.is_cuda:
+    if gpu.is_gpu(query):
         return "reference" if triton_obstacle(query, queue, k) else "triton"
     return "reference" if cpp.obstacle(query, queue) else "cpp"
 
 
-@torch.library.custom_op("maect_fast::queue_topk", mutates_args=())
-def queue_topk(
-    query: Tensor,
-    queue: Tensor,
-    k: int,
-    query_id: Tensor | None,
-    queue_id: Tensor | None,
-    query_label: Tensor | None,
-    queue_label: Tensor | None,
-    rank: Tensor | None,
-    draw: Sequence[Tensor],
-    shadow: Sequence[Tensor],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five fields of TopK; those that were not asked for are empty.
-
-    The pick is given as `rank`, drawn by `draw` (the fields of a Pick, or nothing), or not asked
-    for. `shadow` has the fields of a Shadow, or nothing.
-    """
-    if backend == "auto":
-        backend = _choose(query, queue, k)
-    ids_and_labels = (query_id, queue_id, query_label, queue_label)
-    if backend == "triton":
-        return search_triton(query, queue, k, *ids_and_labels, rank, draw, shadow)
-    if draw:
-        rank = draw_ranks(reference.Pick(*draw), query.shape[:-1], k, query.device)
-    if backend == "cpp":
-        return search_cpp(query, queue, k, *ids_and_labels, rank)
-    result = reference.queue_topk(query, queue, k, *ids_and_labels, rank)
-    _, _, index, neighbour, hit = _allocate(query, queue, 0, has_pick=False, has_label=False)
-    if result.picked_index is not None and result.picked_neighbour is not None:
-        index, neighbour = result.picked_index, result.picked_neighbour
-    if result.label_hit is not None:
-        hit = result.label_hit
-    return result.values, result.indices, index, neighbour, hit
-
-
-@queue_topk.register_fake
-def _(
+def _queue_topk_fake(
     query: Tensor,
     queue: Tensor,
     k: int,
@@ -100,7 +66,8 @@ def _(
     return _allocate(query, queue, k, has_pick=has_pick, has_label=query_label is not None)
 
 
-def search_triton(
+@operator("queue_topk", fake=_queue_topk_fake)
+def queue_topk(
     query: Tensor,
     queue: Tensor,
     k: int,
@@ -111,13 +78,66 @@ def search_triton(
     rank: Tensor | None,
     draw: Sequence[Tensor],
     shadow: Sequence[Tensor],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op by the Triton kernels."""
-    from maect_fast.kernels.queue_topk import triton_kernel
+    """The five fields of TopK; those that were not asked for are empty.
 
-    if rank is not None:
+    The pick is given as `rank`, drawn by `draw` (see `pick_arguments`), or not asked for. `shadow`
+    has the fields of a Shadow, or nothing.
+    """
+    ids_and_labels = (query_id, queue_id, query_label, queue_label)
+    if gpu.is_gpu(query) and rank is not None:
         reference.check_ranks(rank, k)
         rank = rank.to(query.device)
+    scalars = _scalars(draw)
+    planned = (query, queue, *ids_and_labels, rank, *shadow), (k, backend), scalars or (None,) * 4
+    found = SEARCH.replay(*planned)
+    if found is not None:
+        values, indices, index, neighbour, hit = found
+        return values, indices, index, neighbour, hit
+    if backend == "auto":
+        backend = _choose(query, queue, k)
+    if backend == "triton":
+        launcher = partial(search_triton, query, queue, k, *ids_and_labels, rank, scalars, shadow)
+        values, indices, index, neighbour, hit = SEARCH.record(launcher, *planned)
+        return values, indices, index, neighbour, hit
+    if draw:
+        pick = reference.Pick(*map(torch.as_tensor, scalars))
+        rank = draw_ranks(pick, query.shape[:-1], k, query.device)
+    if backend == "cpp":
+        return search_cpp(query, queue, k, *ids_and_labels, rank)
+    result = reference.queue_topk(query, queue, k, *ids_and_labels, rank)
+    _, _, index, neighbour, hit = _allocate(query, queue, 0, has_pick=False, has_label=False)
+    if result.picked_index is not None and result.picked_neighbour is not None:
+        index, neighbour = result.picked_index, result.picked_neighbour
+    if result.label_hit is not None:
+        hit = result.label_hit
+    return result.values, result.indices, index, neighbour, hit
+
+
+def _scalars(draw: Sequence[Tensor]) -> tuple[Tensor | int, ...]:
+    """Seed, step, view and row: ints from the CPU, what lies on a device as it is."""
+    if len(draw) == 1:
+        return tuple(draw[0].tolist())
+    # Numbers of the CPU are passed by value, others by address: nothing waits.
+    return tuple(int(x) if x.device.type == "cpu" and x.ndim == 0 else x for x in draw)
+
+
+def search_triton(
+    query: Tensor,
+    queue: Tensor,
+    k: int,
+    query_id: Tensor | None,
+    queue_id: Tensor | None,
+    query_label: Tensor | None,
+    queue_label: Tensor | None,
+    rank: Tensor | None,
+    draw: Sequence[Tensor | int],
+    shadow: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op by the Triton kernels; `draw` has numbers or tensors."""
+    from maect_fast.kernels.queue_topk import triton_kernel
+
     if query.stride(-1) != 1:
         query = query.contiguous()
     has_pick = rank is not None or len(draw) > 0
@@ -193,23 +213,29 @@ def _queue_topk_flop(query: Any, queue: Any, *_: Any, out_shape: Any) -> int:
 
 
 def pick_arguments(pick: reference.Pick, device: torch.device) -> list[Tensor]:
-    """Seed, step, view and row of a Pick as int64 tensors; ints stay on the CPU, nothing waits."""
-    *scalars, row = (_as_int64(x) for x in pick)
+    """Seed, step, view and row of a Pick, int64: one tensor [4] of the CPU, or one of each.
+
+    Ints stay on the CPU, so that nothing waits for the device.
+    """
+    if all(isinstance(x, int) for x in pick):
+        return [torch.tensor([_wrapped(x) for x in pick], dtype=torch.int64)]  # type: ignore[arg-type]
+    *scalars, row = (
+        x.to(torch.int64) if isinstance(x, Tensor) else torch.tensor(_wrapped(x)) for x in pick
+    )
     return [*scalars, row if row.ndim == 0 else row.to(device).contiguous()]
 
 
-def _as_int64(x: reference.Scalar) -> Tensor:
-    """The same 64 bits; a seed may use them all."""
-    if isinstance(x, int) and x >= 1 << 63:
-        x -= 1 << 64
-    return x.to(torch.int64) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int64)
+def _wrapped(x: int) -> int:
+    """The same 64 bits, signed; a seed may use them all."""
+    return x - (1 << 64) if x >= 1 << 63 else x
 
 
 def draw_ranks(pick: reference.Pick, shape: torch.Size, k: int, device: torch.device) -> Tensor:
     """`reference.draw_ranks`, on the CPU in one call instead of a hundred."""
     if device.type != "cpu" or cpp.load() is not None:
         return reference.draw_ranks(pick, shape, k, device)
-    seed, step, view, row = (x.cpu() for x in pick_arguments(pick, device))
+    scalars = _scalars(pick_arguments(pick, device))
+    seed, step, view, row = (torch.as_tensor(x).cpu() for x in scalars)
     if row.ndim == 0:
         row = torch.arange(shape[-1]) + row
     ranks = row.new_empty(shape)
@@ -219,8 +245,13 @@ def draw_ranks(pick: reference.Pick, shape: torch.Size, k: int, device: torch.de
     return ranks
 
 
-@torch.library.custom_op(
-    "maect_fast::queue_enqueue",
+def _enqueue_fake(*_: Any) -> None:
+    return None
+
+
+@operator(
+    "queue_enqueue",
+    fake=_enqueue_fake,
     mutates_args=("queue", "queue_y", "queue_id", "queue_ptr", "shadow", "bound"),
 )
 def enqueue(
@@ -236,27 +267,29 @@ def enqueue(
 ) -> None:
     """Normalise rows [B, D] and write them, their ids and labels at the pointer; advance it."""
     buffers = (queue, queue_y, queue_id, queue_ptr)
-    if shadow is None and (not queue.is_cuda or gpu.obstacle(queue, rows) is not None):
+    if shadow is None and (not gpu.is_gpu(queue) or gpu.obstacle(queue, rows) is not None):
         reference.enqueue(*buffers, rows, sample_id, label)
         return
-    from maect_fast.kernels.queue_topk import triton_queue
+    planned = ((*buffers, shadow, bound, rows, sample_id, label), ())
+    if ENQUEUE.replay(*planned) is None:
+        launcher = partial(_launch_enqueue, buffers, shadow, bound, rows, sample_id, label)
+        ENQUEUE.record(launcher, *planned)
+    # Autograd is to know, as it does of PyTorch's own writes.
+    written = (*buffers, shadow, bound)
+    torch.autograd.graph.increment_version([x for x in written if x is not None])
 
-    # Rows of any dtype: the kernel widens or narrows them to fp32.
-    small = (None if x is None else x.contiguous() for x in (sample_id, label))
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    triton_queue.enqueue(*buffers, shadow, bound, rows, *small)
 
-
-@enqueue.register_fake
-def _(
-    queue: Tensor,
-    queue_y: Tensor,
-    queue_id: Tensor,
-    queue_ptr: Tensor,
+def _launch_enqueue(
+    buffers: tuple[Tensor, Tensor, Tensor, Tensor],
     shadow: Tensor | None,
     bound: Tensor | None,
     rows: Tensor,
-    sample_id: Tensor | None,
-    label: Tensor | None,
-) -> None:
-    return None
+    *small: Tensor | None,
+) -> tuple[()]:
+    from maect_fast.kernels.queue_topk import triton_queue
+
+    # Rows of any dtype: the kernel widens or narrows them to fp32.
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    sample_id, label = (None if x is None else x.contiguous() for x in small)
+    triton_queue.enqueue(*buffers, shadow, bound, rows, sample_id, label)
+    return ()

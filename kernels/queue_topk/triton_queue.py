@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common import gpu
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.plan import launch
 
 __all__ = ["TILE", "enqueue", "machine_code", "make_shadow", "padded_dim"]
 
@@ -227,9 +228,8 @@ def enqueue(
     # B rows in a row touch so many tiles at most, two of them in part, and perhaps the short last.
     grid = (min(triton.cdiv(B, TILE.value) + 2, triton.cdiv(Q, TILE.value)),)
     buffers = (queue, queue_y, queue_id, queue_ptr, shadow, bound)
-    with gpu.current(queue):
-        _launch(grid, rows, sample_id, label, *buffers, B, row)
-        _advance_kernel[(1,)](queue_ptr, B, Q, **ADVANCE.options)
+    _launch(grid, rows, sample_id, label, *buffers, B, row)
+    launch(_advance_kernel, (1,), queue_ptr, B, Q, **ADVANCE.options)
 
 
 def _launch(
@@ -247,7 +247,9 @@ def _launch(
     row: LaunchRow,
 ) -> None:
     Q, D = queue.shape
-    _tile_kernel[grid](
+    launch(
+        _tile_kernel,
+        grid,
         rows,
         sample_id,
         label,

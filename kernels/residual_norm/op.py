@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maect_fast.kernels._common import gpu
-from maect_fast.kernels._common.library import register
+from maect_fast.kernels._common.library import operator
 from maect_fast.kernels.residual_norm import reference
 
 __all__ = ["residual_norm", "residual_norm_backward", "triton_obstacle"]
@@ -44,26 +44,6 @@ def _triton() -> ModuleType:
     return triton_kernel
 
 
-def _forward(
-    r: Tensor,
-    branch: Tensor | None,
-    branch_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (r, branch, branch_bias, weight, bias)
-    if not _is_triton(backend, *inputs, dtype=dtype):
-        out, y, mean, rstd = reference.residual_norm(*inputs, eps, dtype)
-        return out.contiguous(), y.contiguous(), mean, rstd
-    result: tuple[Tensor, Tensor, Tensor, Tensor]
-    with gpu.current(r):
-        result = _triton().forward(*inputs, eps, dtype)
-    return result
-
-
 def _forward_fake(
     r: Tensor,
     branch: Tensor | None,
@@ -80,24 +60,25 @@ def _forward_fake(
     return out, r.new_empty(r.shape, dtype=dtype), mean, rstd
 
 
-def _backward(
-    dy: Tensor,
-    dr_out: Tensor | None,
-    r_out: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+@operator("residual_norm_fwd", fake=_forward_fake)
+def residual_norm(
+    r: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    need_dr: bool,
-    need_y: bool,
+    eps: float,
+    dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (dy, dr_out, r_out, mean, rstd, weight, bias)
-    if not _is_triton(backend, *inputs, dtype=dy.dtype):
-        dr, y, sums = reference.residual_norm_backward(*inputs, need_dr, need_y)
-        return dr.contiguous(), y.contiguous(), sums
-    with gpu.current(dy):
-        result: tuple[Tensor, Tensor, Tensor] = _triton().backward(*inputs, need_dr, need_y)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r_out, y, mean, rstd: `reference.residual_norm`, contiguous."""
+    inputs = (r, branch, branch_bias, weight, bias)
+    if not _is_triton(backend, *inputs, dtype=dtype):
+        out, y, mean, rstd = reference.residual_norm(*inputs, eps, dtype)
+        return out.contiguous(), y.contiguous(), mean, rstd
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    with gpu.current(r):
+        result = _triton().forward(*inputs, eps, dtype)
     return result
 
 
@@ -119,18 +100,24 @@ def _backward_fake(
     return dr, dy.new_empty(dy.shape if need_y else (0,)), sums
 
 
-residual_norm = register(
-    "residual_norm_fwd(Tensor r, Tensor? branch, Tensor? branch_bias, Tensor weight, Tensor bias,"
-    " float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-"""`reference.residual_norm` with a backend; results are contiguous."""
-residual_norm_backward = register(
-    "residual_norm_bwd(Tensor dy, Tensor? dr_out, Tensor r_out, Tensor mean, Tensor rstd,"
-    " Tensor weight, Tensor bias, bool need_dr, bool need_y, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-"""`reference.residual_norm_backward` with a backend; results are contiguous."""
+@operator("residual_norm_bwd", fake=_backward_fake)
+def residual_norm_backward(
+    dy: Tensor,
+    dr_out: Tensor | None,
+    r_out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    need_dr: bool,
+    need_y: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dr, y, sums: `reference.residual_norm_backward`, contiguous."""
+    inputs = (dy, dr_out, r_out, mean, rstd, weight, bias)
+    if not _is_triton(backend, *inputs, dtype=dy.dtype):
+        dr, y, sums = reference.residual_norm_backward(*inputs, need_dr, need_y)
+        return dr.contiguous(), y.contiguous(), sums
+    with gpu.current(dy):
+        result: tuple[Tensor, Tensor, Tensor] = _triton().backward(*inputs, need_dr, need_y)
+    return result

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from maect_fast.benchmarks import registry
 from maect_fast.benchmarks.ops import OPS
 from maect_fast.benchmarks.ops import gelu as gelu_entry
 from maect_fast.benchmarks.ops import info_nce as loss_entry
@@ -13,7 +14,7 @@ from maect_fast.benchmarks.ops import mae_tokens as tokens_entry
 from maect_fast.benchmarks.ops import masked_attention as attention_entry
 from maect_fast.benchmarks.ops import queue_topk as search_entry
 from maect_fast.benchmarks.ops import residual_norm as norm_entry
-from maect_fast.benchmarks.registry import EAGER, OURS, Call, Op, Outputs
+from maect_fast.benchmarks.registry import EAGER, OURS, Call, Op, Outputs, judged_samples
 from maect_fast.benchmarks.run import gate
 
 CPU = torch.device("cpu")
@@ -129,6 +130,99 @@ def test_a_wrong_provider_gets_no_time(name: str, mode: str) -> None:
     calls, reasons = gate(op, x, mode, torch.float32, [EAGER, "wrong"])
     assert list(calls) == [EAGER]
     assert reasons["wrong"].startswith("wrong: ")
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "full"])
+def test_a_fault_in_any_single_sample_is_found(mode: str) -> None:
+    """At every size of the check."""
+    op = copy_of(OPS["masked_attention"])
+    make = op.providers[EAGER].make
+    for sizes in op.sizes["check"]:
+        x = op.inputs(sizes, torch.float32, CPU)
+        for b in range(sizes["B"]):
+            # One number of one sample.
+            @op.provider(f"wrong {b}")
+            def wrong(x: attention_entry.Inputs, mode: str, b: int = b) -> Call:
+                call = make(x, mode)
+
+                def run() -> Outputs:
+                    outputs = call()
+                    for value in outputs.values():
+                        value[b][(-1,) * (value.ndim - 1)] += 1
+                    return outputs
+
+                return run
+
+        names = [f"wrong {b}" for b in range(sizes["B"])]
+        calls, reasons = gate(op, x, mode, torch.float32, names)
+        assert not calls
+        assert all(reasons[name].startswith("wrong: ") for name in names)
+
+
+@pytest.mark.parametrize("mode", ["topk", "find_nn"])
+def test_a_fault_in_any_single_query_is_found(mode: str) -> None:
+    op = copy_of(OPS["queue_topk"])
+    sizes = {"B": 129, "Q": 8191, "D": 32, "K": 1}
+    x = op.inputs(sizes, torch.float32, CPU)
+    right = op.providers[EAGER].make(x, mode)()
+
+    for b in range(sizes["B"]):
+        outputs = {name: value.clone() for name, value in right.items()}
+        if mode == "topk":
+            outputs["values"][b] += 0.1
+        else:
+            # The own slot is the farthest of all.
+            index = outputs["picked_index"]
+            index[b] = x.query_id[b]
+            outputs["picked_neighbour"] = x.state.queue[index]
+            outputs["num_hits"] = (x.state.queue_y[index] == x.query_label).sum()
+
+        @op.provider("wrong")
+        def wrong(x: search_entry.Inputs, mode: str, outputs: Outputs = outputs) -> Call:
+            return lambda: outputs
+
+        assert gate(op, x, mode, torch.float32, ["wrong"])[1]["wrong"].startswith("wrong: ")
+
+
+def test_judged_are_all_samples_or_a_fixed_part_with_both_ends() -> None:
+    assert judged_samples(512, 1 << 17, CPU).tolist() == [*range(512)]
+    # Attention at 257 tokens: as many as 512 MiB of fp64 hold.
+    part = judged_samples(512, 16 * 257**2, CPU).tolist()
+    assert len(part) == (1 << 26) // (16 * 257**2) == 63
+    assert part == sorted(set(part))
+    assert (part[:2], part[-2:]) == ([0, 1], [510, 511])
+    assert part == judged_samples(512, 16 * 257**2, CPU).tolist()
+    assert judged_samples(512, 1 << 30, CPU).tolist() == [0, 1, 510, 511]
+
+
+def test_the_gate_compares_the_judged_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "JUDGED_NUMBERS", 1)
+    for name, B in (("masked_attention", 7), ("queue_topk", 9)):
+        op = OPS[name]
+        x = op.inputs({**op.sizes["check"][1], "B": B, "Q": 65, "K": 3}, torch.float32, CPU)
+        for mode in op.modes:
+            assert all(len(value) == 4 for value in op.definition(x, mode, torch.float64).values())
+            calls, reasons = gate(op, x, mode, torch.float32, [OURS, EAGER])
+            assert not reasons
+            assert list(calls) == [OURS, EAGER]
+
+
+def test_nothing_large_is_drawn_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draw of inputs names the device and has a generator of it."""
+    draws = []
+    for name in ("randn", "rand", "randint"):
+        real = getattr(torch, name)
+
+        def draw(*args: Any, real: Any = real, **options: Any) -> torch.Tensor:
+            draws.append((options.get("device"), options["generator"].device))
+            drawn: torch.Tensor = real(*args, **options)
+            return drawn
+
+        monkeypatch.setattr(torch, name, draw)
+    for op in OPS.values():
+        op.inputs(op.sizes["check"][0], torch.float32, CPU)
+    assert len(draws) > len(OPS)
+    assert set(draws) == {(CPU, CPU)}
 
 
 def test_claimed_scores_must_belong_to_the_slots() -> None:

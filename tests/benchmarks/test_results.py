@@ -114,6 +114,22 @@ def test_other_tables_have_their_own_columns_and_key(tmp_path: Path) -> None:
     assert path.read_text() == "recipe,images_per_second\nl16,5\nb16,9\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class LaterStep(Step):
+    provider: str = "maect-fast"
+
+
+def test_a_newer_key_column_counts_as_its_default_in_an_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "step.csv"
+    path.write_text("recipe,images_per_second\nl16,5\nb16,9\n")
+    key = ["recipe", "provider"]
+    stock = LaterStep(recipe="l16", images_per_second=6.0, provider="stock")
+    append_rows(path, [stock, LaterStep(recipe="b16", images_per_second=8.0)], key=key)
+    assert path.read_text() == (
+        "recipe,images_per_second,provider\nl16,5,maect-fast\nb16,8,maect-fast\nl16,6,stock\n"
+    )
+
+
 def test_rows_never_overwrite_another_kind_of_table(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     path.write_text("recipe,images_per_second\nl16,5\n")

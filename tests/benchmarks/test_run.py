@@ -127,8 +127,11 @@ def test_floors_are_rows() -> None:
 
 
 def test_check_is_right_here() -> None:
-    lines = list(check(CPU))
+    told: list[str] = []
+    lines = list(check(CPU, tell=told.append))
     assert len(lines) == len(OPS) + 1
+    # Nothing is compiled for a CPU.
+    assert told == []
     assert all(right for _, right in lines), lines
 
 
@@ -137,16 +140,38 @@ def test_check_runs_every_launch_row_of_the_device(monkeypatch: pytest.MonkeyPat
         return SimpleNamespace(row=SimpleNamespace(sizes=sizes))
 
     small, large = {"B": 3, "N": 50, "H": 2, "D": 64}, {"B": 2, "N": 257, "H": 2, "D": 80}
-    tables = {90: [launch(small), launch(large), launch(small)], 80: []}
-    module = "maect_fast.kernels.masked_attention.triton_kernel"
-    kernel = SimpleNamespace(machine_code=lambda arch: iter(tables[arch]))
-    monkeypatch.setitem(sys.modules, module, cast("ModuleType", kernel))
-    monkeypatch.setattr("maect_fast.benchmarks.check.registered", lambda: [module])
+    attention = [launch({"M": 1} | small), launch(large), launch({"M": 50} | small)]
+    # The loss's rows have other letters; helpers' rows lack some.
+    loss = [launch({"V": 2, "n": 8, "R": 64, "D": 16}), launch({"D": 16}), launch({"R": 64})]
+    modules = {}
+    for name, launches in (("masked_attention", attention), ("info_nce", loss)):
+        module = f"maect_fast.kernels.{name}.triton_kernel"
+        tables = {90: launches, 80: []}
+        kernel = SimpleNamespace(machine_code=lambda arch, tables=tables: iter(tables[arch]))
+        monkeypatch.setitem(sys.modules, module, cast("ModuleType", kernel))
+        modules[name] = module
+    monkeypatch.setattr("maect_fast.benchmarks.check.registered", lambda: [*modules.values()])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = torch.device("cuda")
-    assert launch_sizes("masked_attention", cuda) == [small, large]
-    assert launch_sizes("info_nce", cuda) == []
-    assert launch_sizes("masked_attention", CPU) == []
+    assert launch_sizes(OPS["masked_attention"], cuda) == [small, large]
+    assert launch_sizes(OPS["info_nce"], cuda) == [{"B": 8, "N": 64, "D": 16}]
+    assert launch_sizes(OPS["mae_tokens"], cuda) == []
+    assert launch_sizes(OPS["masked_attention"], CPU) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Triton")
+@pytest.mark.parametrize("name", list(OPS))
+def test_launch_rows_have_sizes_that_the_op_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = OPS[name]
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, x=capability: x)
+        found = launch_sizes(op, torch.device("cuda"))
+        assert found
+        for sizes in found:
+            assert list(sizes) == [*op.letters]
+            assert all(op.num_bytes(sizes, mode, 2) > 0 for mode in op.modes)
 
 
 def test_check_says_what_is_wrong_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +183,9 @@ def test_check_says_what_is_wrong_and_what_to_do(monkeypatch: pytest.MonkeyPatch
         return lambda: {name: value * 1.01 for name, value in call().items()}
 
     monkeypatch.setitem(op.providers, OURS, replace(op.providers[OURS], make=off))
-    wrong = [line for line, right in check(CPU) if not right]
-    assert len(wrong) == 1
+    lines = dict(check(CPU, ["info_nce", "mae_tokens"]))
+    wrong = [line for line, right in lines.items() if not right]
+    assert (len(lines), len(wrong)) == (2, 1)
     assert wrong[0].startswith("info_nce")
     assert "budget" in wrong[0]
     assert wrong[0].endswith(REMEDY)

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from maect_fast.benchmarks import step
 from maect_fast.benchmarks.results import device_folder
 from maect_fast.benchmarks.step import UpdateFlops, update_flops
+from maect_fast.benchmarks.stock import StockTuning
+from maect_fast.benchmarks.table import number
 from maect_fast.config import Config, ConfigError, Stage, load_config, load_recipe
 from maect_fast.data import Batch
 from maect_fast.models.decoder import Decoder
@@ -159,6 +161,7 @@ def test_formulas_against_what_torch_counts(stage: Stage, more: list[str]) -> No
 def test_a_row_per_recipe(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["batch_size=4", "encoder.depth=2", "frozen_blocks=1", "threads=1", "device=cpu"]
     command = ["--stage", stage, "--updates", "3", "--out", str(tmp_path), "--recipe", "digits"]
+    command += ["--provider", "maect-fast"]
     assert step.main([*command, *changes]) == 0
     with (tmp_path / device_folder(torch.device("cpu")) / "step.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
@@ -172,6 +175,8 @@ def test_a_row_per_recipe(stage: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert float(row["tflops"]) == pytest.approx(4 * gflop / p50, rel=1e-3)
     assert float(row["mfu"]) == pytest.approx(float(row["tflops"]) / (RATE / 1e12), rel=1e-3)
     assert float(row["data_ms"]) > 0
+    assert (row["provider"], row["compiled"], row["host_ms"]) == ("maect-fast", "", "")
+    assert int(row["launches"]) > 100
     header, _, line = capsys.readouterr().out.splitlines()
     assert header.startswith("| recipe | stage | device | batch | images/s |")
     assert line.startswith(f"| digits (encoder.depth=2 frozen_blocks=1) | {stage} | ")
@@ -180,7 +185,8 @@ def test_a_row_per_recipe(stage: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.usefixtures("_matrix_rate")
 def test_the_same_measurement_again_replaces_its_row(tmp_path: Path) -> None:
-    command = ["--updates", "2", "--out", str(tmp_path), "threads=1", "device=cpu"]
+    command = ["--updates", "2", "--out", str(tmp_path), "--provider", "maect-fast"]
+    command += ["--recipe", "digits", "threads=1", "device=cpu"]
     small = ["encoder.depth=2", "frozen_blocks=1"]
     for changes in (["batch_size=4"], ["batch_size=6"], ["batch_size=4"], ["batch_size=4", *small]):
         assert step.main([*command, *changes]) == 0
@@ -202,11 +208,69 @@ def test_what_does_not_fit_is_said_and_the_next_is_measured(
         return measure(recipe, config, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(step, "measure_step", full_for_l16)
-    command = ["--recipe", "l16", "digits", "batch_size=4", "threads=1", "device=cpu"]
+    command = ["--provider", "maect-fast", "--recipe", "l16", "digits"]
+    command += ["batch_size=4", "threads=1", "device=cpu"]
     assert step.main([*command, "--updates", "2", "--out", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert err == "l16: out of memory, give less than batch_size=4\n"
     assert out.splitlines()[-1].startswith("| digits | tune |")
+
+
+@pytest.mark.usefixtures("_matrix_rate")
+def test_beside_stock_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--updates", "2", "--out", str(tmp_path), "batch_size=4", "threads=1", "device=cpu"]
+    assert step.main([*command, "encoder.depth=2", "frozen_blocks=1"]) == 0
+    (path,) = tmp_path.glob("*/step.csv")
+    with path.open(newline="") as file:
+        ours, stock = csv.DictReader(file)
+    assert (ours["provider"], stock["provider"]) == ("maect-fast", "stock")
+    same = ("recipe", "overrides", "batch_size", "dtype", "frozen_gflop", "tuned_gflop")
+    assert {ours[name] == stock[name] for name in (*same, "head_gflop", "search_gflop")} == {True}
+    assert stock["compiled"] == ""
+    assert int(stock["launches"]) > 100
+    *_, first, second, ratio = capsys.readouterr().out.splitlines()
+    assert " maect-fast " in first
+    assert " stock " in second
+    expected = number(float(ours["p50_ms"]) / float(stock["p50_ms"]))
+    assert ratio.startswith("digits: an update of maect-fast takes ")
+    assert float(ratio.split()[6]) == pytest.approx(float(expected), rel=1e-2)
+
+
+@pytest.mark.parametrize("more", [[], ["head.pooling=class_token", "head.target_ema=null"]])
+def test_stock_pytorch_trains(more: list[str]) -> None:
+    """An update moves what the recipe tunes, nothing else, and fills the queue."""
+    changes = [*SMALL, "frozen_blocks=2", "head.topk=1", *more]
+    config = load_config(load_recipe("digits", "tune"), overrides=changes)
+    views = torch.randn(2, 4, 1, 32, 32)
+    cpu, batch = torch.device("cpu"), (views, torch.arange(4))
+    stock = StockTuning(config, cpu, torch.float32, compile_blocks=False, batch=batch)
+    before = [block.mlp.fc1.weight.clone() for block in stock.encoder.blocks]
+    head = stock.projector[0].weight.clone()  # type: ignore[operator]
+    queue = stock.queue.clone()
+    stock.update()
+    changed = [
+        not torch.equal(block.mlp.fc1.weight, old)
+        for block, old in zip(stock.encoder.blocks, before, strict=True)
+    ]
+    assert changed == [False, False, True, True]
+    assert not torch.equal(stock.projector[0].weight, head)  # type: ignore[arg-type]
+    new = (stock.queue != queue).any(-1)
+    assert new.nonzero().flatten().tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(stock.queue.norm(dim=-1), torch.ones(len(queue)))
+
+
+def test_stock_pytorch_refuses_what_it_does_not_do() -> None:
+    config = load_config(load_recipe("digits", "tune"), overrides=["reconstruction_weight=0.1"])
+    batch = (torch.zeros(2, 4, 1, 8, 8), torch.arange(4))
+    with pytest.raises(ValueError, match="without a reconstruction loss"):
+        StockTuning(config, torch.device("cpu"), torch.float32, compile_blocks=False, batch=batch)
+
+
+def test_launches_are_operator_calls_on_a_cpu() -> None:
+    x = torch.ones(3, requires_grad=True)
+    # mul, sum; ones_like, expand, mul: the backward's calls count.
+    assert step._launches(lambda: torch.autograd.grad((x * 2).sum(), x), torch.device("cpu")) > 3
+    assert step._launches(lambda: x.detach() + 1, torch.device("cpu")) == 2
 
 
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +281,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words, told in (
         (["--updates", "1"], "at least 2, got 1"),
         (["--fast"], "not known: --fast"),
+        (["--stage", "pretrain", "--provider", "stock"], "stock does tune only, got pretrain"),
     ):
         with pytest.raises(SystemExit):
             step.main(words)

@@ -1,7 +1,8 @@
 from collections.abc import Mapping
+from dataclasses import replace
 
 from maect_fast.benchmarks.results import Row
-from maect_fast.benchmarks.table import markdown, number, summary
+from maect_fast.benchmarks.table import markdown, number, reasons, summary
 
 FLOORS = [
     Row(op="floors", provider="copy", gbps=3900.0),
@@ -76,7 +77,67 @@ def test_columns_without_a_value_are_left_out() -> None:
     assert "peak, MiB" not in markdown(ROWS)
     row = Row(op="info_nce", provider="eager", p50_ms=1.0, graph_ms=0.5, peak_mib=0.0)
     assert [line["peak, MiB"] for line in cells(markdown([row]))] == ["0"]
-    assert [line["graph, ms"] for line in cells(markdown([row]))] == ["0.500"]
+    assert [line["kernels, ms"] for line in cells(markdown([row]))] == ["0.500"]
+
+
+def on_gpu(provider: str, p50: float, graph: float | None, *, spread: float = 0.01) -> Row:
+    row = attention(provider, p50)
+    return replace(row, graph_ms=graph, p20_ms=p50 - spread / 2, p80_ms=p50 + spread / 2)
+
+
+# By calls SDPA is the best peer, by kernels cuDNN; official cannot be captured.
+GPU_ROWS = [
+    on_gpu("maect-fast", 1.0, 0.2),
+    on_gpu("SDPA", 0.5, 0.4),
+    on_gpu("SDPA cuDNN", 0.8, 0.1),
+    on_gpu("official", 0.9, None, spread=0.3),
+]
+
+
+def test_calls_and_kernels_each_have_their_best_peer() -> None:
+    lines = {line["provider"]: line for line in cells(markdown(GPU_ROWS))}
+    assert [line["to best peer"] for line in lines.values()] == ["2.00", "1.00", "1.60", "1.80"]
+    kernels = {name: line["kernels to best peer"] for name, line in lines.items()}
+    assert kernels == {"maect-fast": "2.00", "SDPA": "4.00", "SDPA cuDNN": "1.00", "official": ""}
+    # Rates and floors are of the kernels: 300 TFLOP/s in 1 ms are 1,500 in 0.2.
+    ours = lines["maect-fast"]
+    assert (ours["TFLOP/s"], ours["GB/s"], ours["of floor"]) == ("1,500", "500", "50%")
+    assert (lines["official"]["TFLOP/s"], lines["official"]["of floor"]) == ("300", "11%")
+    assert "Kernels: the same call replayed as a CUDA graph" in markdown(GPU_ROWS)
+    (line,) = cells(summary(GPU_ROWS))
+    assert (line["best peer"], line["to best peer"]) == ("SDPA", "2.00")
+    assert (line["best peer's kernels"], line["kernels to best peer"]) == ("SDPA cuDNN", "2.00")
+    assert line["maect-fast, kernels, ms"] == "0.200"
+
+
+def test_a_cpu_has_one_time_and_no_empty_columns() -> None:
+    for text in (markdown(ROWS), summary(ROWS)):
+        assert "ernels" not in text
+        heading, _, *lines = (line for line in text.splitlines() if line.startswith("|"))
+        columns = list(zip(*(line.split("|")[1:-1] for line in lines), strict=True))
+        assert len(columns) == heading.count("|") - 1
+        assert all(any(cell.strip() for cell in column) for column in columns)
+
+
+def test_a_wide_spread_is_named() -> None:
+    lines = {line["provider"]: line["p50 (p20-p80), ms"] for line in cells(markdown(GPU_ROWS))}
+    assert lines["official"] == "0.900 (0.750-1.05) wide"
+    assert not any("wide" in text for name, text in lines.items() if name != "official")
+    legend = "wide: from p20 to p80 it is more than 20% of p50"
+    assert legend in markdown(GPU_ROWS)
+    assert legend not in summary(GPU_ROWS)
+    assert legend not in markdown(ROWS)
+    wide = summary([on_gpu("maect-fast", 1.0, 0.2, spread=0.21)])
+    assert [line["maect-fast, ms"] for line in cells(wide)] == ["1.00 wide"]
+    assert legend in wide
+
+
+def test_reasons_of_all() -> None:
+    wrong = attention("eager", None, N=50, reason="wrong: o")
+    expected = (
+        "* xformers: not installed (fwd; 2 shapes)\n* eager: wrong: o (fwd; B512 H12 N50 D64)"
+    )
+    assert reasons([*ROWS, wrong]) == expected
 
 
 def test_reasons_stand_once_below_the_table() -> None:

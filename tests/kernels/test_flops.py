@@ -38,5 +38,5 @@ def test_loss_with_predictions_of_one_rank_only() -> None:
     predicted, neighbour = unit_rows(2, 3, 8), unit_rows(2, 12, 8, seed=1)
     arguments = (predicted, neighbour, torch.tensor(0.2), 0, False, False, "auto")
     with FlopCounterMode(display=False) as counter:
-        torch.ops.maect_fast.info_nce_fwd(*arguments)
+        torch.ops.maect_fast.info_nce_stats(*arguments)
     assert counter.get_total_flops() == 2 * 2 * 3 * 12 * 8

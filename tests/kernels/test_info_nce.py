@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from allocation import Allocated
+from allocation import Allocated, NoSync, PeakMemory
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, normalize
@@ -35,6 +36,10 @@ SIMD = [] if NO_LIBRARY else torch.ops.maect_fast.info_nce_simd().split()
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(
@@ -86,6 +91,23 @@ def loss_and_grad(function: Any, predicted: Tensor, *args: Any, **kwargs: Any) -
     return [loss.detach(), *torch.autograd.grad(loss, leaf)]
 
 
+def naive_in_orders(
+    predicted: Tensor, neighbour: Tensor, temperature: float, transposed: bool
+) -> list[list[Tensor]]:
+    """Losses and gradients of `naive`, also for permuted features: the same numbers, other sums.
+
+    Where a softmax is sharp, the rounding of a few logits decides the gradient's error.
+    """
+    runs = [loss_and_grad(naive, predicted, neighbour, temperature, transposed)]
+    for seed in range(4):
+        order = torch.randperm(predicted.shape[-1], generator=torch.Generator().manual_seed(seed))
+        order, back = (x.to(predicted.device) for x in (order, order.argsort()))
+        rows = (x[..., order] for x in (predicted, neighbour))
+        loss, grad = loss_and_grad(naive, *rows, temperature, transposed)
+        runs.append([loss, grad[..., back]])
+    return [list(x) for x in zip(*runs, strict=True)]
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("temperature", [0.02, 0.15, pytest.param(1.0, marks=pytest.mark.slow)])
@@ -114,16 +136,16 @@ def test_loss_and_gradient_against_fp64(
         transposed=transposed,
         backend=backend,
     )
-    eager = loss_and_grad(naive, predicted, neighbour, temperature, transposed)
+    eager = naive_in_orders(predicted, neighbour, temperature, transposed)
     ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
-    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[0], [x.float() for x in eager[0]], ref64[0], name="loss")
     assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
 
 
 @needs_triton
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16)])
 @pytest.mark.parametrize(
     ("n", "D", "temperature"),
     [
@@ -146,9 +168,9 @@ def test_triton_at_the_edges_of_its_tiles(
     predicted, neighbour = inputs(n, D, dtype=dtype, device=device, agreement=0.1)
     arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
     found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend="triton")
-    eager = loss_and_grad(naive, predicted, neighbour, temperature, transposed)
+    eager = naive_in_orders(predicted, neighbour, temperature, transposed)
     ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
-    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[0], [x.float() for x in eager[0]], ref64[0], name="loss")
     assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
 
 
@@ -254,9 +276,9 @@ def test_identical_opposite_and_zero_rows(
     predicted[7:9] *= 2**30
     arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
     found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend=backend)
-    eager = loss_and_grad(naive, predicted, neighbour, temperature, transposed)
+    eager = naive_in_orders(predicted, neighbour, temperature, transposed)
     ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
-    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[0], [x.float() for x in eager[0]], ref64[0], name="loss")
     assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
     predicted[5] = 0
     zero = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend=backend)
@@ -280,7 +302,7 @@ def test_triton_takes_norms_whose_squares_leave_fp32(scale: float, device: torch
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "temperature"),
-    [(torch.float32, 0.06), (torch.float16, 0.02)],
+    [(torch.float32, 0.06), slow(torch.float16, 0.02)],
 )
 def test_triton_schedule_of_a_full_device(
     temperature: float,
@@ -296,9 +318,9 @@ def test_triton_schedule_of_a_full_device(
     predicted, neighbour = inputs(2, 150, 32, dtype=dtype, device=device, agreement=0.1)
     arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
     found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend="triton")
-    eager = loss_and_grad(naive, predicted, neighbour, temperature, transposed)
+    eager = naive_in_orders(predicted, neighbour, temperature, transposed)
     ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
-    assert_within_budget(found[0], eager[0].float(), ref64[0], name="loss")
+    assert_within_budget(found[0], [x.float() for x in eager[0]], ref64[0], name="loss")
     assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
 
 
@@ -484,7 +506,7 @@ class NoKernel:
 def test_triton_never_holds_the_logits(
     V: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of n 512, P 32,768 a view takes less than 4 MiB more, its gradient included."""
+    """Of n 512, P 32,768 a view's 64 MiB never exist; the gradient's parts are 8 MiB."""
     kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
     for name in ("prepare", "fwd", "finish", "bwd", "normalize_backward"):
         monkeypatch.setattr(kernel, f"{name}_kernel", NoKernel())
@@ -502,8 +524,8 @@ def test_triton_never_holds_the_logits(
         kernel.gradient(loss[0, 0], predicted, neighbour, 0.2, weight, *by, 0)
     # What the forward leaves for the backward is in both.
     saved = 4 * (weight.numel() + rows.numel())
-    assert 0 < forward.num_bytes <= V * 4 * 2**20
-    assert 0 < backward.num_bytes + saved <= V * 4 * 2**20
+    assert 0 < forward.num_bytes <= V * 2 * 2**20
+    assert 0 < backward.num_bytes + saved <= V * 9 * 2**20
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -950,6 +972,139 @@ def test_cpp_never_holds_the_logits(transposed: bool, dtype: str) -> None:
     assert int(out.stdout) <= 4 * 1024
 
 
+# What only a GPU shows.
+
+GPU_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@needs_triton
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_a_captured_graph_takes_other_rows(
+    dtype: torch.dtype, transposed: bool, no_sync: NoSync, cuda: torch.device
+) -> None:
+    leaf, neighbour = inputs(2, 300, 64, dtype=dtype, device=cuda)
+    leaf.requires_grad_()
+    arguments: dict[str, Any] = {"temperature": 0.2, "transposed": transposed}
+    torch.autograd.grad(info_nce(leaf, neighbour, **arguments), leaf)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), no_sync():
+        loss = info_nce(leaf, neighbour, **arguments)
+        (grad,) = torch.autograd.grad(loss, leaf)
+    with torch.no_grad():
+        leaf.copy_(leaf.flip(1))
+    graph.replay()
+    expected = info_nce(leaf, neighbour, **arguments)
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, torch.autograd.grad(expected, leaf)[0])
+
+
+@needs_triton
+@pytest.mark.parametrize("same_view", [False, True])
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_a_captured_symmetric_loss_takes_another_temperature(
+    dtype: torch.dtype, same_view: bool, no_sync: NoSync, cuda: torch.device
+) -> None:
+    leaves = [x.requires_grad_() for x in both_views(120, 64, dtype=dtype, device=cuda)]
+    temperature = torch.tensor(0.2, device=cuda, requires_grad=True)
+    leaves.append(temperature)
+
+    def call() -> list[Tensor]:
+        first, second, T = leaves
+        loss = symmetric_info_nce(first, second, temperature=T, same_view=same_view)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), no_sync():
+        found = call()
+    with torch.no_grad():
+        temperature.fill_(0.1)
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(found, call(), strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("n", [512, 4096])
+def test_runs_on_a_full_device_are_bitwise_equal_and_small(
+    n: int, dtype: torch.dtype, transposed: bool, cuda: torch.device
+) -> None:
+    """Programs on all multiprocessors; of 4,096 rows, the logits of a view alone are 64 MiB."""
+    neighbour = normalize(torch.randn(2, n, 256, device=cuda), dim=-1).to(dtype)
+    leaf = torch.randn(2, n, 256, device=cuda, dtype=dtype).requires_grad_()
+
+    def call() -> list[Tensor]:
+        loss = info_nce(leaf, neighbour, temperature=0.15, transposed=transposed)
+        return [loss, *torch.autograd.grad(loss, leaf)]
+
+    first = call()
+    for _ in range(3):
+        assert all(torch.equal(*pair) for pair in zip(first, call(), strict=True))
+    with PeakMemory(cuda) as peak:
+        call()
+    assert 0 < peak.num_bytes <= 4 * leaf.numel() * leaf.itemsize + 16 * 2**20
+
+
+@needs_triton
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_more_numbers_than_32_bits_count(
+    dtype: torch.dtype, needs_gib: Callable[[float], None], cuda: torch.device
+) -> None:
+    needs_gib(16)
+    check_large(64, 2**31 // 256 + 1000, 256, dtype, cuda)
+
+
+def check_large(n: int, P: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The last of P neighbours are the positives: both directions' statistics, the gradient."""
+    neighbour = torch.randn(1, P, D, device=device, dtype=dtype).mul_(D**-0.5)
+    predicted = 3 * neighbour[:, -n:] + torch.randn(1, n, D, device=device, dtype=dtype) / 4
+    temperature, first = torch.tensor(0.2, dtype=torch.float64), P - n
+    inputs = (predicted, neighbour, temperature, first)
+    unit = normalize(predicted[0].float(), dim=-1).to(dtype).double()
+    chunks = [neighbour[0, start : start + (1 << 20)] for start in range(0, P, 1 << 20)]
+    # By rows of predictions: logits of all neighbours but their own.
+    parts, start = [], 0
+    for chunk in chunks:
+        logits = unit @ chunk.double().T / 0.2
+        own = first + torch.arange(n, device=device)[:, None] - start
+        is_own = torch.arange(len(chunk), device=device) == own
+        parts.append(logits.masked_fill(is_own, -torch.inf).logsumexp(1))
+        start += len(chunk)
+    expected = torch.stack(parts).logsumexp(0)
+    row_max, row_sum, positive = op.row_stats(*inputs, True, False, "triton")
+    lse = (row_max + row_sum.log()).logsumexp(0)
+    own_logits = (unit * neighbour[0, first:].double()).sum(1) / 0.2
+    torch.testing.assert_close(lse[0].double(), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(positive[0].double(), own_logits, rtol=0, atol=2e-2)
+    # By rows of neighbours, at both ends.
+    row_max, row_sum, _ = op.row_stats(*inputs, False, False, "triton")
+    lse = (row_max + row_sum.log()).logsumexp(0)[0]
+    for rows in (slice(500), slice(first - 500, first)):
+        logits = neighbour[0, rows].double() @ unit.T / 0.2
+        torch.testing.assert_close(lse[rows].double(), logits.logsumexp(1), rtol=0, atol=2e-2)
+    # The gradient of the first direction's loss.
+    _, _, weight, normaliser = op.finish(*op.row_stats(*inputs, True, False, "triton"), "triton")
+    grad, _ = op.gradient(
+        torch.tensor(1.0, device=device), *inputs[:3], weight, None, normaliser, first, "triton"
+    )
+    total = weight[0, :, None].double() * neighbour[0, first:].double()
+    denominator = torch.logaddexp(expected, own_logits)[:, None]
+    start = 0
+    for chunk in chunks:
+        p = (unit @ chunk.double().T / 0.2 - denominator).exp()
+        own = first + torch.arange(n, device=device)[:, None] - start
+        is_own = torch.arange(len(chunk), device=device) == own
+        total += p.masked_fill(is_own, 0) @ chunk.double()
+        start += len(chunk)
+    leaf = predicted[0].double().requires_grad_()
+    (exact,) = torch.autograd.grad(normalize(leaf, dim=-1), leaf, total / 0.2)
+    band = 0.02 * float(exact.abs().max())
+    torch.testing.assert_close(grad[0].double(), exact, rtol=0, atol=band)
+
+
 # Registration.
 
 
@@ -966,9 +1121,9 @@ def test_opcheck(transposed: bool, backend: Any, device: torch.device) -> None:
     torch.library.opcheck(op.finish, (row_max, row_sum, positive, backend))
     row_loss, _, weight, rows = op.finish(row_max, row_sum, positive, backend)
     weight, by = weight[:, :4].contiguous(), (None, rows) if transposed else (rows, None)
-    leaves = predicted.clone().requires_grad_(), temperature.clone().requires_grad_()
-    constants = (row_loss, gathered, weight, *by, 4, 1, backend)
-    torch.library.opcheck(op.mean_loss, (*leaves, *constants))
+    square = (predicted, gathered[:, :4], temperature, 0, transposed, False, backend)
+    torch.library.opcheck(op.row_losses, square)
+    assert op.row_losses(*square)[0].shape == (2, 4)
     inputs_of_gradient = (predicted, gathered, temperature, weight, *by, 4, backend)
     torch.library.opcheck(op.gradient, (row_loss[0, 0].clone(), *inputs_of_gradient))
 
@@ -1286,7 +1441,7 @@ def rank_main(rank: int, world_size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+@pytest.fixture(scope="module", params=[2, slow(4)], ids="{} ranks".format)
 def rank_results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:

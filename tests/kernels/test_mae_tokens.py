@@ -1,12 +1,12 @@
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from allocation import Allocated
+from allocation import Allocated, NoSync, PeakMemory
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -471,7 +471,7 @@ def test_auto_on_cuda_is_triton(
         obstacle = op.mse_obstacle(predicted, images)
         assert op._is_triton("auto", predicted, obstacle) == loss_is_triton
         ids = torch.empty(2, 4, device="cuda", dtype=torch.int64)
-        _, error = op.masked_patch_mse(predicted, images, ids, K, True, "auto")
+        _, error = op.masked_patch_mse_fwd(predicted, images, ids, K, True, "auto")
         assert error.shape == ((0,) if loss_is_triton else predicted.shape)
 
 
@@ -554,8 +554,140 @@ def test_no_second_derivative(backend: Any) -> None:
     )
     for out, leaf in ((loss, predicted), (restored.square().sum(), tokens)):
         (grad,) = torch.autograd.grad(out, leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="have no second derivative"):
+        with pytest.raises(RuntimeError, match="has no second derivative"):
             torch.autograd.grad(grad.square().sum(), leaf)
+
+
+# What only a GPU shows.
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def decode(leaves: list[Tensor], images: Tensor, ids: Tensor, K: int) -> list[Tensor]:
+    """Kept patches, the decoder's input, the loss of it as a prediction, and all gradients."""
+    tokens, mask_token, pos_embed = leaves
+    N = tokens.shape[1] - 1
+    kept = gather_patches(images, ids[:, :N], K, dtype=tokens.dtype)
+    restored = restore_tokens(tokens, mask_token, pos_embed, ids)
+    predicted = restored[:, 1:][:, N:].to(tokens.dtype)
+    loss = masked_patch_mse(predicted, images, ids[:, N:], K, normalize=True)
+    return [kept, restored, loss, *torch.autograd.grad(loss, leaves)]
+
+
+def decode_inputs(
+    B: int, K: int, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], tuple[Tensor, Tensor, int]]:
+    """Images of 224 pixels, a quarter of their patches kept; tokens as wide as a patch."""
+    L, D = (224 // K) ** 2, 3 * K**2
+    shapes = ((B, 1 + L // 4, D), (1, 1, D), (1, L, D))
+    leaves = [
+        torch.randn(shape, device=device, dtype=x).requires_grad_()
+        for shape, x in zip(shapes, (dtype, torch.float32, torch.float32), strict=True)
+    ]
+    images = torch.randn(B, 3, 224, 224, device=device)
+    return leaves, (images, torch.rand(B, L, device=device).argsort(1), K)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("K", [14, 16])
+def test_a_captured_graph_takes_other_patches(
+    K: int, dtype: torch.dtype, no_sync: NoSync, cuda: torch.device
+) -> None:
+    leaves, constants = decode_inputs(3, K, dtype, cuda)
+    images, ids, _ = constants
+    decode(leaves, *constants)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), no_sync():
+        found = decode(leaves, *constants)
+    images.copy_(images.flip(0))
+    ids.copy_(ids.flip(1))
+    graph.replay()
+    assert all(map(torch.equal, found, decode(leaves, *constants)))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("K", [14, 16])
+def test_runs_on_a_full_device_are_bitwise_equal(
+    K: int, dtype: torch.dtype, cuda: torch.device
+) -> None:
+    leaves, constants = decode_inputs(128, K, dtype, cuda)
+    first = decode(leaves, *constants)
+    for _ in range(3):
+        assert all(map(torch.equal, first, decode(leaves, *constants)))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_device_holds_results_and_little_else(dtype: torch.dtype, cuda: torch.device) -> None:
+    """What the allocator says: no target, no shuffled copy, no fp32 pixels."""
+    (tokens, mask_token, pos_embed), (images, ids, K) = decode_inputs(64, 16, dtype, cuda)
+    N = tokens.shape[1] - 1
+    predicted = torch.randn(64, 196 - N, 768, device=cuda, dtype=dtype).requires_grad_()
+    calls: list[tuple[Callable[[], Tensor], int]] = [
+        (lambda: gather_patches(images, ids[:, :N], K, dtype=dtype), 64 * N * 768 * 2),
+        (lambda: restore_tokens(tokens, mask_token, pos_embed, ids), 64 * 197 * 768 * 4),
+        (lambda: masked_patch_mse(predicted, images, ids[:, N:], K, normalize=True), 0),
+    ]
+    for call, num_bytes in calls:
+        call()
+        with PeakMemory(cuda) as peak:
+            call()
+        assert num_bytes <= peak.num_bytes <= num_bytes + 2 * 2**20
+    loss = calls[2][0]()
+    with PeakMemory(cuda) as peak:
+        torch.autograd.grad(loss, predicted)
+    assert 0 < peak.num_bytes <= predicted.numel() * 2 + 2 * 2**20
+
+
+@needs_triton
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_more_numbers_than_32_bits_count(
+    dtype: torch.dtype, needs_gib: Callable[[float], None], cuda: torch.device
+) -> None:
+    needs_gib(36)
+    check_large(2**31 // (3 * 224 * 224) + 4, 16, dtype, cuda)
+
+
+def check_large(B: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Samples at both ends of more than 2^31 numbers give what they give alone."""
+    (tokens, mask_token, pos_embed), (images, ids, _) = decode_inputs(B, K, dtype, device)
+    N = tokens.shape[1] - 1
+
+    def gather(samples: slice) -> Tensor:
+        return gather_patches(images[samples], ids[samples], K, dtype=dtype, backend="triton")
+
+    def restore(samples: slice) -> tuple[Tensor, Tensor]:
+        leaf = tokens.detach()[samples].requires_grad_()
+        inputs = (leaf, mask_token.detach(), pos_embed.detach(), ids[samples])
+        out = restore_tokens(*inputs, backend="triton")
+        return out.detach(), torch.autograd.grad(out, leaf, out.detach())[0]
+
+    def predict(rows: Tensor, samples: slice) -> Tensor:
+        """The gradient of the loss's sum where the patches themselves are the predictions."""
+        leaf = rows[samples].requires_grad_()
+        constants = images[samples], ids[samples], K
+        loss = masked_patch_mse(leaf, *constants, normalize=True, backend="triton")
+        return torch.autograd.grad(loss, leaf, loss.new_tensor(float(leaf.numel())))[0]
+
+    ends = (slice(2), slice(B // 2, B // 2 + 2), slice(B - 2, None))
+    patches = gather(slice(None))
+    for samples in ends:
+        assert torch.equal(patches[samples], gather(samples))
+    gradient = predict(patches, slice(None))
+    for samples in ends:
+        # The mean's factor is rounded, for every size otherwise, and with it the last digit.
+        rtol, alone = 2 * torch.finfo(dtype).eps, predict(patches, samples)
+        torch.testing.assert_close(gradient[samples], alone, rtol=rtol, atol=1e-6)
+    del gradient, patches
+    out, gradient = restore(slice(None))
+    for samples in ends:
+        one, other = restore(samples)
+        assert torch.equal(out[samples], one)
+        assert torch.equal(gradient[samples], other)
+    assert gradient.shape[1] == 1 + N
 
 
 # Errors.
@@ -660,17 +792,15 @@ def test_backends_that_do_not_run_say_so() -> None:
 
 def test_opcheck(backend: Any, device: torch.device) -> None:
     predicted, images, ids, K = loss_inputs((2, 1, 4, 6, 2, 4), torch.float32, device)
-    leaf = images.clone().requires_grad_()
-    torch.library.opcheck(op.gather_patches, (leaf, ids, K, torch.float16, backend))
-    tokens, mask_token, pos_embed = restore_inputs(2, 2, 6, 8, torch.float16, device)
-    leaves: Any = [x.requires_grad_() for x in (tokens, mask_token, pos_embed)]
+    torch.library.opcheck(op.gather_patches_fwd, (images, ids, K, torch.float16, backend))
+    inputs = restore_inputs(2, 2, 6, 8, torch.float16, device)
     ids_restore = shuffled(2, 6, device)
-    torch.library.opcheck(op.restore_tokens, (*leaves, ids_restore, backend))
+    torch.library.opcheck(op.restore_tokens_fwd, (*inputs, ids_restore, backend))
     grad = randn(2, 7, 8, device=device)
     torch.library.opcheck(op.restore_gradient, (grad, ids_restore, 3, torch.float16, backend))
     arguments = (images, ids, K, True, backend)
-    torch.library.opcheck(op.masked_patch_mse, (predicted.clone().requires_grad_(), *arguments))
-    loss, error = op.masked_patch_mse(predicted, *arguments)
+    torch.library.opcheck(op.masked_patch_mse_fwd, (predicted, *arguments))
+    loss, error = op.masked_patch_mse_fwd(predicted, *arguments)
     torch.library.opcheck(op.mse_gradient, (loss, predicted, images, ids, error, K, True, backend))
 
 

@@ -1,11 +1,11 @@
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
@@ -268,6 +268,8 @@ def rank_main(rank: int, port: int, folder: str) -> None:
         "WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # The parent's, whose port nobody can take before they meet.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
     world = init_world("cpu")
@@ -280,11 +282,9 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What each of two gloo processes computed."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     start: Any = start_processes
-    start(rank_main, args=(port, str(folder)), nprocs=RANKS)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    start(rank_main, args=(store.port, str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

@@ -1,5 +1,4 @@
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,8 @@ def rank_main(rank: int, port: int, folder: str) -> None:
         "WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # The parent's, whose port nobody can take before they meet.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
     world = init_world("cpu")
@@ -77,19 +78,13 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     assert not dist.is_initialized()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """What each of two gloo processes computed."""
     folder = tmp_path_factory.mktemp("ranks")
     start: Any = start_processes
-    start(rank_main, args=(free_port(), str(folder)), nprocs=RANKS)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    start(rank_main, args=(store.port, str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
