@@ -7,12 +7,15 @@
                        and SimCLR's; `info_nce_stats`; `gather_neighbours`
 `mae_tokens`           of masked autoencoders: `gather_patches` before the embedding,
                        `restore_tokens` before the decoder, the loss `masked_patch_mse`
+`residual_norm`        of a transformer block: the residual sum with the layer norm that reads it
+`gelu`                 the exact GELU with the bias of the linear layer before it
 =====================  ============================================================================
 
 Each folder has a README with the maths, a `reference.py` that defines the op, an `op.py` that
 registers it with torch.library, and an `api.py` with the public function.
 """
 
+from maect_fast.kernels.gelu import gelu
 from maect_fast.kernels.info_nce import (
     InfoNCEStats,
     PendingRows,
@@ -38,6 +41,7 @@ from maect_fast.kernels.queue_topk import (
     queue_topk,
     with_shadow,
 )
+from maect_fast.kernels.residual_norm import residual_norm
 
 __all__ = [
     "InfoNCEStats",
@@ -50,6 +54,7 @@ __all__ = [
     "enqueue",
     "gather_neighbours",
     "gather_patches",
+    "gelu",
     "info_nce",
     "info_nce_stats",
     "masked_attention",
@@ -57,6 +62,7 @@ __all__ = [
     "patch_targets",
     "patch_view",
     "queue_topk",
+    "residual_norm",
     "restore_tokens",
     "symmetric_info_nce",
     "with_shadow",

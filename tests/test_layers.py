@@ -111,11 +111,12 @@ def broken_rule(op: str, file: str, name: str, *, top_level: bool) -> str | None
 SOURCES = sorted(path.relative_to(KERNELS) for path in KERNELS.rglob("*.py"))
 
 
+OPS = ("masked_attention", "queue_topk", "info_nce", "mae_tokens", "residual_norm", "gelu")
+
+
 def test_every_op_is_checked() -> None:
     expected = {
-        Path(op, file)
-        for op in ("masked_attention", "queue_topk", "info_nce", "mae_tokens")
-        for file in ("__init__.py", "api.py", "op.py", "reference.py")
+        Path(op, file) for op in OPS for file in ("__init__.py", "api.py", "op.py", "reference.py")
     }
     assert expected <= set(SOURCES)
 

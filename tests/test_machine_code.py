@@ -23,7 +23,7 @@ from maect_fast.benchmarks.machine_code.assembly import (
 )
 from maect_fast.benchmarks.machine_code.cli import registered
 from maect_fast.benchmarks.machine_code.compile import Compiled, blocks_per_sm
-from maect_fast.benchmarks.machine_code.gate import failures
+from maect_fast.benchmarks.machine_code.gate import failures, instructions
 from maect_fast.benchmarks.machine_code.ptxas import drops_work, ptxas_in_use
 from maect_fast.benchmarks.machine_code.report import loop_mix
 from maect_fast.kernels._common.launch import (
@@ -236,6 +236,21 @@ def test_the_main_loop_has_limits_of_its_own() -> None:
         "arithmetic per result: found 0.1875, expected at most 0.187",
     ]
     assert any("arithmetic per result: found inf" in x for x in failures(strict, 90, SOUND))
+
+
+def test_kernels_bound_by_bytes_have_a_limit_per_element() -> None:
+    """128 threads for 512 numbers: four instructions in the loop, or nine without padding."""
+    limits = Limits(registers=100, elements=512, instructions=1)
+    body = ["LDG.E.128 R4, R2", *["FADD R4, R4, R5"] * 5, "STG.E.128 R2, R4"]
+    end = "\n/*fff1*/ NOP ;\n.L_x_9:\n/*fff2*/ BRA `(.L_x_9) ;\n/*fff3*/ NOP ;"
+    looped, straight = (
+        replace(SOUND, ptx=Counter(), code=parse_sass(listing(body, loop) + end))
+        for loop in (slice(1, 4), slice(0, 0))
+    )
+    assert failures(limits, 90, looped) == []
+    message = "instructions per element: found 2.25, expected at most 1"
+    assert failures(limits, 90, straight) == [message]
+    assert instructions(limits, straight) == 2.25
 
 
 def test_the_compiler_may_leave_out_padding() -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "flops",
     "innermost_tensor_loops",
     "is_empty",
+    "longest_loop",
     "main_loop",
     "parse_ptx",
     "parse_sass",
@@ -120,6 +121,14 @@ def main_loop(code: Code, num_warps: int) -> range:
         return flops(filter(None, shapes), num_warps)
 
     return max(innermost_tensor_loops(code), key=work, default=range(0))
+
+
+def longest_loop(code: Code) -> list[Instruction]:
+    """Its instructions, or the program's if it has no loop; without what fills up a cache line."""
+    # A kernel ends in a branch to itself, which nothing reaches.
+    loops = [loop for loop in code.loops if len(loop) > 1]
+    loop = max(loops, key=len, default=range(len(code.instructions)))
+    return [code.instructions[i] for i in loop if code.instructions[i].opcode != "NOP"]
 
 
 def is_empty(instruction: Instruction) -> bool:

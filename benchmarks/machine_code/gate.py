@@ -10,6 +10,7 @@ from maect_fast.benchmarks.machine_code.assembly import (
     count,
     flops,
     is_empty,
+    longest_loop,
     main_loop,
     read_shares,
     tensor_shape,
@@ -17,7 +18,7 @@ from maect_fast.benchmarks.machine_code.assembly import (
 from maect_fast.benchmarks.machine_code.compile import Compiled
 from maect_fast.kernels._common.launch import Limits
 
-__all__ = ["alu_per_result", "failures", "waste"]
+__all__ = ["alu_per_result", "failures", "instructions", "waste"]
 
 # Which share of these PTX instructions must reach the machine code. In 116 sound compilations
 # (Triton 3.6 and 3.9; sm_80 and sm_90; products, attention forward and backward, loss, search,
@@ -65,6 +66,11 @@ def alu_per_result(limits: Limits, found: Compiled) -> float:
     return arithmetic * 32 * found.num_warps / results if results else inf
 
 
+def instructions(limits: Limits, found: Compiled) -> float:
+    """Instructions per element of the result, as `Limits.elements` counts them."""
+    return len(longest_loop(found.code)) * 32 * found.num_warps / limits.elements
+
+
 def _resources(limits: Limits, found: Compiled) -> Iterator[str]:
     yield from _at_most("registers", found.registers, limits.registers)
     yield from _at_most("stack bytes", found.stack_bytes, limits.stack_bytes)
@@ -110,6 +116,9 @@ def _operations(limits: Limits, found: Compiled) -> Iterator[str]:
     if limits.alu_per_result is not None:
         per_result = alu_per_result(limits, found)
         yield from _at_most("arithmetic per result", per_result, limits.alu_per_result)
+    if limits.instructions is not None:
+        per_element = instructions(limits, found)
+        yield from _at_most("instructions per element", per_element, limits.instructions)
     for name, (pattern, share) in KEPT.items():
         planned = _matching(found.ptx, pattern)
         least_kept = share * planned

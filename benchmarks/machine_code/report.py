@@ -11,7 +11,7 @@ from maect_fast.benchmarks.machine_code.assembly import (
     main_loop,
 )
 from maect_fast.benchmarks.machine_code.compile import Compiled, Job
-from maect_fast.benchmarks.machine_code.gate import alu_per_result, waste
+from maect_fast.benchmarks.machine_code.gate import alu_per_result, instructions, waste
 
 __all__ = ["columns", "loop_mix", "markdown", "write_csv"]
 
@@ -46,6 +46,7 @@ def columns(job: Job, found: Compiled) -> dict[str, str]:
         "ALU/result": f"{alu_per_result(job.limits, found):.2f}"
         if job.limits.alu_per_result is not None
         else "",
+        "instr/element": f"{instructions(job.limits, found):.2f}" if job.limits.elements else "",
         "innermost loop, per tensor-core instruction": loop_mix(found.code, found.num_warps),
         "backing": job.backing,
     }

@@ -2,11 +2,19 @@
 
 from typing import Any
 
-from maect_fast.benchmarks.ops import info_nce, mae_tokens, masked_attention, queue_topk
+from maect_fast.benchmarks.ops import (
+    gelu,
+    info_nce,
+    mae_tokens,
+    masked_attention,
+    queue_topk,
+    residual_norm,
+)
 from maect_fast.benchmarks.registry import Op
 
 __all__ = ["OPS"]
 
 OPS: dict[str, Op[Any]] = {
-    module.OP.name: module.OP for module in (masked_attention, queue_topk, info_nce, mae_tokens)
+    module.OP.name: module.OP
+    for module in (masked_attention, queue_topk, info_nce, mae_tokens, residual_norm, gelu)
 }

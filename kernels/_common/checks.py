@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_int64", "check_temperature", "check_tensor", "expect"]
+__all__ = ["check_int64", "check_rows", "check_temperature", "check_tensor", "expect"]
 
 
 def expect(
@@ -54,6 +54,13 @@ def check_tensor(
         raise ValueError(f"{name}: expected {like.device}, got {x.device}")
     if x.is_floating_point() and x.stride(-1) != 1 and x.numel() > 1:
         raise ValueError(f"{name}: expected a last stride of 1, got {x.stride()}")
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Refuse what is no view of rows [M, D] with one stride; the kernels copy nothing."""
+    for i in range(x.ndim - 2):
+        is_one = x.shape[i] == 1 or x.stride(i) == x.shape[i + 1] * x.stride(i + 1)
+        expect(is_one or x.numel() == 0, name, "rows of one stride", x.stride())
 
 
 def check_int64(name: str, entries: Tensor | None, shape: Sequence[int]) -> None:

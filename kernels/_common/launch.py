@@ -82,6 +82,12 @@ class Limits:
     """At most so many of each in the innermost loop that multiplies most: ``{"SHFL": 8}``."""
     alu_per_result: float | None = None
     """At most so many arithmetic instructions of that loop for each of its products' results."""
+    elements: int = 0
+    """Of a kernel bound by bytes: numbers of its result that a block makes, without padding; those
+    of one trip if it has a loop."""
+    instructions: float | None = None
+    """At most so many for each of `elements`, a thread's of all kinds: the longest loop's, or the
+    program's if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,12 @@ import torch
 
 from maect_fast.benchmarks import registry
 from maect_fast.benchmarks.ops import OPS
+from maect_fast.benchmarks.ops import gelu as gelu_entry
 from maect_fast.benchmarks.ops import info_nce as loss_entry
 from maect_fast.benchmarks.ops import mae_tokens as tokens_entry
 from maect_fast.benchmarks.ops import masked_attention as attention_entry
 from maect_fast.benchmarks.ops import queue_topk as search_entry
+from maect_fast.benchmarks.ops import residual_norm as norm_entry
 from maect_fast.benchmarks.registry import EAGER, OURS, Call, Op, Outputs, judged_samples
 from maect_fast.benchmarks.run import gate
 
@@ -22,6 +24,8 @@ NEEDS_CUDA = {
     "queue_topk": {"faiss-gpu"},
     "info_nce": {"Liger"},
     "mae_tokens": set(),
+    "residual_norm": set(),
+    "gelu": set(),
 }
 CASES = [(name, mode) for name, op in OPS.items() for mode in op.modes]
 
@@ -91,6 +95,21 @@ def wrong_tokens(x: tokens_entry.Inputs, mode: str) -> Call:
     return tokens_entry._differentiate(turned, mode, tokens_entry._plain)
 
 
+def wrong_norm(x: norm_entry.Inputs, mode: str) -> Call:
+    """The branch's bias is forgotten."""
+    without = replace(x, branch_bias=torch.zeros_like(x.branch_bias))
+    return norm_entry._differentiate(without, mode, norm_entry._plain)
+
+
+def wrong_gelu(x: gelu_entry.Inputs, mode: str) -> Call:
+    """By tanh, which differs from the exact function by 5e-4."""
+
+    def tanh(h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu((h + bias).to(h.dtype), approximate="tanh")
+
+    return gelu_entry._differentiate(x, mode, tanh)
+
+
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_wrong_provider_gets_no_time(name: str, mode: str) -> None:
     op = copy_of(OPS[name])
@@ -99,6 +118,8 @@ def test_a_wrong_provider_gets_no_time(name: str, mode: str) -> None:
         "queue_topk": wrong_search,
         "info_nce": wrong_loss,
         "mae_tokens": wrong_tokens,
+        "residual_norm": wrong_norm,
+        "gelu": wrong_gelu,
     }
     op.provider("wrong")(wrong[name])
     x = op.inputs(op.sizes["quick"][0], torch.float32, CPU)
@@ -253,6 +274,12 @@ def test_formulas() -> None:
     assert OPS["mae_tokens"].num_bytes(tokens, "fwd", 2) == fwd  # 0.70 GB
     bwd = 512 * (restored + 4 * patches * 147)
     assert OPS["mae_tokens"].num_bytes(tokens, "bwd", 2) == bwd  # 0.70 GB
+    # One bf16 tensor of the stream of ViT-L/16 at 512 views is 207 MB.
+    unit = 2 * 512 * 197 * 1024
+    norm, hidden = {"M": 512 * 197, "D": 1024}, {"M": 512 * 197, "D": 4096}
+    for mode, num_norm, num_gelu in (("fwd", 4, 8), ("bwd", 4, 12), ("full", 8, 20)):
+        assert OPS["residual_norm"].num_bytes(norm, mode, 2) == num_norm * unit
+        assert OPS["gelu"].num_bytes(hidden, mode, 2) == num_gelu * unit
 
 
 def test_both_divisions_of_the_loss_agree_on_one_rank() -> None:

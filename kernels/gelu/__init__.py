@@ -1,0 +1,5 @@
+"""GELU with the bias before it."""
+
+from maect_fast.kernels.gelu.api import gelu
+
+__all__ = ["gelu"]

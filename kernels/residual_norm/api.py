@@ -1,0 +1,120 @@
+"""Public function: the residual sum with the layer norm that reads it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maect_fast.kernels._common.backend import Backend, check_backend
+from maect_fast.kernels._common.checks import check_rows, check_tensor, expect
+from maect_fast.kernels.residual_norm import op
+
+__all__ = ["residual_norm"]
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def residual_norm(
+    r: Tensor,
+    branch: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``r_out = r + branch + branch_bias`` and ``y = LayerNorm(r_out) * weight + bias``.
+
+    One pass over r and branch. The norm reads r_out as it is rounded to its dtype.
+
+    Args:
+        r: [..., D] floats, the residual stream, viewable as rows of one stride; last stride 1.
+        branch: as `r`, of any float dtype: what a block adds, without its linear layer's bias.
+        branch_bias: [D] floats, that bias; needs a branch.
+        weight: [D] floats, the norm's.
+        bias: [D] floats, the norm's.
+        eps: added to the variance.
+        dtype: of y, a float; None: that of `branch`, without one that of `r`.
+        backend: "auto" is "triton" on CUDA but for fp64 and D > 3072, else "reference".
+
+    Returns:
+        r_out [..., D] in the dtype of `r`, which is `r` itself without a branch; y [..., D] in
+        `dtype`. All five tensors get gradients: sums over rows are formed in fp32, that of `branch`
+        is that of `r`, rounded to its dtype. No second derivative, no forward mode.
+
+    Raises:
+        ValueError, TypeError: a shape, layout, device or dtype that does not fit.
+        RuntimeError: a backend that is not there, or not for these inputs.
+
+    Source: arXiv 1607.06450; timm: models/vision_transformer.py, Block.
+    """
+    if dtype is None:
+        dtype = r.dtype if branch is None else branch.dtype
+    inputs = (r, branch, branch_bias, weight, bias)
+    check_backend("residual_norm", backend, triton=lambda: op.triton_obstacle(*inputs, dtype=dtype))
+    expect(r.ndim > 0, "r", "at least one dimension", r.ndim)
+    check_tensor("r", r, r, FLOATING, (None,) * r.ndim)
+    check_rows("r", r)
+    expect(branch is not None or branch_bias is None, "branch", "one, with branch_bias", "None")
+    if branch is not None:
+        check_tensor("branch", branch, r, FLOATING, r.shape)
+        check_rows("branch", branch)
+    columns = (("branch_bias", branch_bias), ("weight", weight), ("bias", bias))
+    for name, column in columns:
+        check_tensor(name, column, r, FLOATING, r.shape[-1:])
+    expect(dtype in FLOATING, "dtype", "a float", dtype, TypeError)
+    given = [x for x in inputs if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        r_out, y = _ResidualNorm.apply(*inputs, eps, dtype, backend)  # type: ignore[no-untyped-call]
+    else:
+        r_out, y, _, _ = op.residual_norm(*inputs, eps, dtype, backend)
+    return r if branch is None else r_out, y
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """Without a branch the first result is empty, as r itself is the stream."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        r: Tensor,
+        branch: Tensor | None,
+        branch_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (r, branch, branch_bias, weight, bias)
+        r_out, y, mean, rstd = op.residual_norm(*inputs, eps, dtype, backend)
+        ctx.save_for_backward(r if branch is None else r_out, mean, rstd, weight, bias)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.backend = backend
+        return r_out, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dr_out: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_dr = any(ctx.needs_input_grad[:3])
+        _, branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        # Upstream gradients may have any layout; mostly nothing is copied.
+        dr, _, (dweight, dbias, *rest) = op.residual_norm_backward(
+            dy.contiguous(),
+            None if branch_dtype is None else dr_out.contiguous(),
+            *ctx.saved_tensors,
+            need_dr,
+            False,
+            ctx.backend,
+        )
+        return (
+            dr if need_dr else None,
+            dr.to(branch_dtype) if need_dr and branch_dtype is not None else None,
+            rest[0].to(branch_bias_dtype) if rest and branch_bias_dtype is not None else None,
+            dweight.to(weight_dtype),
+            dbias.to(bias_dtype),
+            *[None] * 3,
+        )
