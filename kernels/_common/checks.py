@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_int64", "check_rows", "check_temperature", "check_tensor", "expect"]
+__all__ = [
+    "FLOATING",
+    "INDEX",
+    "check_int64",
+    "check_rows",
+    "check_temperature",
+    "check_tensor",
+    "expect",
+]
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX = (torch.int32, torch.int64)
 
 
 def expect(

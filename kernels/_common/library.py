@@ -63,7 +63,11 @@ def needs_gradient(op: str, *tensors: Tensor) -> bool:
             f"{op}: expected differentiation in reverse mode, got forward mode (jvp), which only "
             "backend='reference' has"
         )
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return False
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels._common.checks import check_temperature, expect
 from maect_fast.kernels._common.collectives import PendingRows, group_rank
 from maect_fast.kernels.info_nce import op
-from maect_fast.kernels.info_nce.gather import gather_neighbours
+from maect_fast.kernels.info_nce.gather import columns_of
 from maect_fast.kernels.info_nce.reference import InfoNCEStats
 
 __all__ = ["info_nce", "info_nce_stats"]
@@ -104,16 +104,9 @@ def _loss(
     expect(shape[-2] > 0, "predicted", "at least one row", "none")
     for name, x in (("predicted", predicted), ("neighbour", local)):
         expect(x.is_floating_point(), name, "floats", x.dtype)
-    if group is None and not isinstance(neighbour, PendingRows):
-        columns = neighbour.detach().view(-1, *shape[-2:])
-    else:
-        # The constants travel and every rank keeps its predictions: the backward sends nothing.
-        if not isinstance(neighbour, PendingRows):
-            neighbour = gather_neighbours(neighbour, group=group, dtype=predicted.dtype)
-        columns = neighbour.wait().transpose(0, 1)
     return op.loss(
         predicted if len(shape) == 3 else predicted[None],
-        columns,
+        columns_of(neighbour, group=group, dtype=predicted.dtype),
         check_temperature(temperature, learnable=False),
         first=group_rank(group) * shape[-2],
         transposed=transposed,

@@ -10,7 +10,7 @@ from maect_fast.kernels._common.collectives import (
     start_all_gather_rows,
 )
 
-__all__ = ["gather_neighbours"]
+__all__ = ["columns_of", "gather_neighbours"]
 
 
 def gather_neighbours(
@@ -30,3 +30,17 @@ def gather_neighbours(
     check_equal_rows("neighbour", rows, group)
     is_half = group is not None and dtype.itemsize == 2
     return start_all_gather_rows(rows.to(dtype) if is_half else rows, group)
+
+
+def columns_of(
+    neighbour: Tensor | PendingRows, *, group: dist.ProcessGroup | None, dtype: torch.dtype
+) -> Tensor:
+    """The neighbours of all ranks, [V, W * n, D]; arguments as of `gather_neighbours`.
+
+    Constants travel and every rank keeps its predictions, so that the backward sends nothing.
+    """
+    if isinstance(neighbour, Tensor):
+        if group is None:
+            return neighbour.detach().view(-1, *neighbour.shape[-2:])
+        neighbour = gather_neighbours(neighbour, group=group, dtype=dtype)
+    return neighbour.wait().transpose(0, 1)

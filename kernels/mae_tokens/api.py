@@ -6,9 +6,9 @@ Source: arXiv 2111.06377; ml-jku/MAE-CT: models/vit/masked_decoder.py, losses/ma
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_tensor, expect
+from maect_fast.kernels._common.checks import FLOATING, INDEX, check_tensor, expect
 from maect_fast.kernels.mae_tokens import op
-from maect_fast.kernels.mae_tokens.gather import FLOATING, INDEX, check_images
+from maect_fast.kernels.mae_tokens.gather import check_images
 
 __all__ = ["masked_patch_mse", "restore_tokens"]
 

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_tensor, expect
+from maect_fast.kernels._common.checks import FLOATING, INDEX, check_tensor, expect
 from maect_fast.kernels.mae_tokens import op
 
-__all__ = ["FLOATING", "INDEX", "check_images", "gather_patches"]
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDEX = (torch.int32, torch.int64)
+__all__ = ["check_images", "gather_patches"]
 
 
 def gather_patches(

@@ -4,14 +4,12 @@ import torch
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_tensor, expect
+from maect_fast.kernels._common.checks import FLOATING, INDEX, check_tensor, expect
 from maect_fast.kernels.masked_attention import op, reference
 
 __all__ = ["attention", "masked_attention"]
 
 Modes = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, Tensor | None]
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDEX = (torch.int32, torch.int64)
 
 
 def masked_attention(
@@ -90,16 +88,18 @@ def _attend(
     name: str, inputs: tuple[Tensor, ...], modes: Modes, scale: float | None, backend: Backend
 ) -> Tensor:
     factor = inputs[0].shape[-1] ** -0.5 if scale is None else scale
-    check_backend(name, backend, triton=lambda: op.triton_obstacle(factor, *inputs))
-    if backend == "reference":
-        return getattr(reference, name)(*inputs, *modes, factor)[0]  # type: ignore[no-any-return]
-    return getattr(op, name)(*inputs, *modes, factor, backend)  # type: ignore[no-any-return]
+    if backend != "auto":
+        check_backend(name, backend, triton=lambda: op.triton_obstacle(factor, *inputs))
+        if backend == "reference":
+            return getattr(reference, name)(*inputs, *modes, factor)[0]  # type: ignore[no-any-return]
+    differentiable = op.masked_attention if len(inputs) == 1 else op.attention
+    return differentiable(*inputs, *modes, factor, backend)
 
 
 def _check_modes(modes: Modes) -> tuple[None, ...]:
     """Refuse arguments that exclude each other; return the row dimensions, of any size."""
-    *_, cu_seqlens, max_seqlen, key_mask = modes
-    given = [x is not None for x in modes[:3]].count(True)
+    keep, seqlens, cu_seqlens, max_seqlen, key_mask = modes
+    given = (keep is not None) + (seqlens is not None) + (cu_seqlens is not None)
     expect(given < 2, "keep, seqlens, cu_seqlens", "at most one", given)
     if cu_seqlens is None:
         expect(max_seqlen is None, "max_seqlen", "None without cu_seqlens", max_seqlen)

@@ -7,12 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_rows, check_tensor, expect
+from maect_fast.kernels._common.checks import FLOATING, check_rows, check_tensor, expect
 from maect_fast.kernels.residual_norm import op
 
 __all__ = ["residual_norm"]
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def residual_norm(
