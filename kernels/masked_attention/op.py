@@ -7,6 +7,7 @@ forward op, lse, is private to its pair, Triton's to base 2, and has the rows of
 backward needs, none.
 """
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -295,12 +296,7 @@ class _MaskedAttention(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if do is None:
-            return (None,) * 8
-        qkv, o, lse, keep, seqlens, cu_seqlens, key_mask = ctx.saved_tensors
-        modes = (keep, seqlens, cu_seqlens, ctx.max_seqlen, key_mask)
-        dqkv = masked_attention_bwd(do, qkv, o, lse, *modes, ctx.scale, ctx.backend)
-        return *_MaskedAttention.last((do, qkv), dqkv), *(None,) * 7
+        return _gradients(_MaskedAttention, lambda *x: (masked_attention_bwd(*x),), ctx, do)
 
 
 class _Attention(Differentiable):
@@ -316,12 +312,23 @@ class _Attention(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if do is None:
-            return (None,) * 10
-        q, k, v, o, lse, keep, seqlens, cu_seqlens, key_mask = ctx.saved_tensors
+        return _gradients(_Attention, attention_bwd, ctx, do)
+
+
+def _gradients(
+    function: type[Differentiable],
+    backward: Callable[..., tuple[Tensor, ...]],
+    ctx: Any,
+    do: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Of the inputs, and none of the modes, scale and backend."""
+    *inputs, o, lse, keep, seqlens, cu_seqlens, key_mask = ctx.saved_tensors
+    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+    if do is not None:
         modes = (keep, seqlens, cu_seqlens, ctx.max_seqlen, key_mask)
-        gradients = attention_bwd(do, q, k, v, o, lse, *modes, ctx.scale, ctx.backend)
-        return *_Attention.last((do, q, k, v), *gradients), *(None,) * 7
+        found = backward(do, *inputs, o, lse, *modes, ctx.scale, ctx.backend)
+        found = function.last((do, *inputs), *found)
+    return *found, *(None,) * 7
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -276,7 +276,8 @@ def enqueue(
         ENQUEUE.record(launcher, *planned)
     # Autograd is to know, as it does of PyTorch's own writes.
     written = (*buffers, shadow, bound)
-    torch.autograd.graph.increment_version([x for x in written if x is not None])
+    counted = [x for x in written if x is not None and not x.is_inference()]
+    torch.autograd.graph.increment_version(counted)
 
 
 def _launch_enqueue(
