@@ -22,8 +22,8 @@ case ${1:-} in
     *) echo "usage: bash benchmarks/gpu.sh [--quick | --dry-run]" >&2; exit 2 ;;
 esac
 mkdir -p "$OUT"
-# The checkout's own packages, whatever is installed.
-unset PYTHONSAFEPATH
+# The checkout's own packages, whatever is installed; kernels compiled, not interpreted.
+unset PYTHONSAFEPATH TRITON_INTERPRET
 export PYTHONPATH=$PWD
 failed=0
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,11 +27,14 @@ __all__ = [
     "Sizes",
     "UnavailableError",
     "check_budget",
+    "check_sums",
+    "compile_peer",
     "import_peer",
     "judged_samples",
 ]
 
 Inputs = TypeVar("Inputs")
+Peer = TypeVar("Peer", bound=Callable[..., Any])
 Sizes: TypeAlias = Mapping[str, int]
 """Dimension letters of the op's columns in the results: B, H, M, N, D, Q, K."""
 Outputs: TypeAlias = dict[str, Tensor]
@@ -128,6 +131,36 @@ def check_budget(found: Outputs, eager: Outputs, truth: Outputs) -> None:
     assert found, "no outputs"
     for name, value in found.items():
         assert_within_budget(value, eager[name], truth[name], name=name)
+
+
+def check_sums(found: Outputs, eager: Outputs, truth: Outputs, terms: Mapping[str, Tensor]) -> None:
+    """`check_budget` where some outputs are sums over rows whose terms cancel.
+
+    The magnitudes of the terms say how well such a sum can be known, in whatever order a program
+    adds them up; eager's own error is that of one order.
+
+    Args:
+        found: what is judged.
+        eager: eager PyTorch's.
+        truth: in fp64.
+        terms: those of each sum, in fp64, their rows first.
+    """
+    check_budget({name: x for name, x in found.items() if name not in terms}, eager, truth)
+    for name in terms.keys() & found.keys():
+        size = terms[name].abs().sum(0).max()
+        error, allowed = ((x[name].double() - truth[name]).abs().max() for x in (found, eager))
+        budget = 2 * (allowed + torch.finfo(eager[name].dtype).eps * size)
+        assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
+
+
+def compile_peer(function: Peer) -> Peer:
+    """`torch.compile` of a peer, whose backward is also timed alone, many times on one graph."""
+    from torch._functorch import config
+
+    # Buffers that a backward may overwrite do not admit that.
+    config.donated_buffer = False
+    compiled: Peer = torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[assignment]
+    return compiled
 
 
 def import_peer(name: str) -> ModuleType:

@@ -24,6 +24,7 @@ from maect_fast.benchmarks.registry import (
     Sizes,
     UnavailableError,
     check_budget,
+    compile_peer,
     import_peer,
 )
 from maect_fast.kernels import info_nce
@@ -238,7 +239,7 @@ def compiled(x: Inputs, mode: str) -> Call:
 
 @cache
 def _compile_rows_loss() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(_rows_loss, dynamic=False, fullgraph=True)
+    return compile_peer(_rows_loss)
 
 
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]

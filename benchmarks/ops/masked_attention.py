@@ -24,6 +24,7 @@ from maect_fast.benchmarks.registry import (
     Sizes,
     UnavailableError,
     check_budget,
+    compile_peer,
     import_peer,
     judged_samples,
 )
@@ -190,7 +191,7 @@ def compiled(x: Inputs, mode: str) -> Call:
 
 @cache
 def _compile_eager() -> Callable[[Tensor], Tensor]:
-    return torch.compile(_eager, dynamic=False, fullgraph=True)
+    return compile_peer(_eager)
 
 
 def _sdpa(qkv: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def flex(x: Inputs, mode: str) -> Call:
 def _compile_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return compile_peer(flex_attention)
 
 
 @OP.provider("xformers")

@@ -23,6 +23,7 @@ from maect_fast.benchmarks.registry import (
     Outputs,
     Sizes,
     UnavailableError,
+    compile_peer,
     import_peer,
     judged_samples,
 )
@@ -312,7 +313,7 @@ def compiled(x: Inputs, mode: str) -> Call:
 
 @cache
 def _compile_topk() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_scores_topk, dynamic=False, fullgraph=True)
+    return compile_peer(_scores_topk)
 
 
 @OP.provider("faiss-cpu")
