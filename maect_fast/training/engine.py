@@ -43,6 +43,7 @@ MAY_CHANGE = {
     "data.workers",
     "data.max_broken",
     "checkpoint_every",
+    "chunk_size",
     "save_minutes",
     "log_every",
     "threads",
