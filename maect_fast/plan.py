@@ -6,7 +6,7 @@ device and the commit that gave it.
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -103,11 +103,15 @@ def _table(plan: MemoryPlan, config: Config) -> Iterator[str]:
         size = str(fitting.chunk_size) if fitting.is_chunked else "one pass"
         line += f"{size:>12}{_gib(fitting.peak):>8}"
         if device is not None:
-            computed = flops[fitting.is_chunked] * plan.num_images / device.matrix_rate
-            seconds = computed + fitting.moved / device.bandwidth
-            rate = plan.num_images / seconds
-            line += f"{1e3 * seconds:>7.0f}{rate:>10.0f}"
+            seconds = _seconds(fitting, flops, device)
+            line += f"{1e3 * seconds:>7.0f}{plan.num_images / seconds:>10.0f}"
         yield line
+
+
+def _seconds(plan: MemoryPlan, flops: tuple[int, int], device: Device) -> float:
+    """Of an update in which nothing waits: products at the matrix rate, all else at bandwidth."""
+    products = flops[plan.is_chunked] * plan.num_images / device.matrix_rate
+    return products + plan.moved / device.bandwidth
 
 
 def _flops(config: Config) -> tuple[int, int]:
@@ -125,18 +129,25 @@ def _measured(recipe: str, config: Config) -> Iterator[str]:
     for row in _rows("step.csv"):
         is_ours = row.get("provider", "") in ("", "maect-fast") and not row["overrides"]
         if is_ours and row["recipe"] == recipe and row["stage"] == config.stage and row["gpu"]:
-            yield _row(row, row["p50_ms"], float(row["peak_mib"]) / 1024)
+            yield _row(row, float(row["p50_ms"]), float(row["peak_mib"]) / 1024, config)
     for row in _rows("updates.csv"):
         is_ours = row["implementation"] == "maect-fast" and row["blocks"] == "eager"
         if is_ours and row["encoder"] == config.encoder.name and config.stage == "tune":
-            yield _row(row, row["ms"], float(row["peak_gib"]))
+            yield _row(row, float(row["ms"]), float(row["peak_gib"]), config)
 
 
-def _row(row: dict[str, str], ms: str, peak_gib: float) -> str:
-    return (
-        f"{float(row['images_per_second']):.0f} images/s, {float(ms):.0f} ms, peak {peak_gib:.1f} "
-        f"GiB at batch {row['batch_size']} ({row['gpu']}, commit {row['commit']}, {row['date']})"
-    )
+def _row(row: dict[str, str], ms: float, peak_gib: float, config: Config) -> str:
+    """What was measured, each beside today's arithmetic for that batch and device."""
+    batch_size = int(row["batch_size"])
+    then = replace(config, batch_size=batch_size, chunk_size=None)
+    plan = plan_memory(then)
+    time = f"{float(row['images_per_second']):.0f} images/s, {ms:.0f} ms"
+    device = next((d for d in DEVICES if d.name.split()[0] in row["gpu"]), None)
+    if device is not None:
+        time += f" (arithmetic {1e3 * _seconds(plan, _flops(then), device):.0f})"
+    peak = f"peak {peak_gib:.1f} GiB (arithmetic {_gib(plan.peak)})"
+    source = f"{row['gpu']}, commit {row['commit']}, {row['date']}"
+    return f"batch {batch_size}: {time}, {peak}; {source}"
 
 
 def _rows(name: str) -> Iterator[dict[str, str]]:
