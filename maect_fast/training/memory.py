@@ -6,11 +6,10 @@ model's own forward as on a GPU, so they follow the code. The rest is arithmetic
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,16 +168,17 @@ def plan_memory(config: Config, *, num_gpus: int = 1, device_type: str = "cuda")
     num_images = config.batch_size // num_gpus
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(config, device_type):
         _move(model, device_type)
-        (saved, copies), (head, _) = (
-            _line(partial(f, model, config.num_views)) for f in (_saved, _saved_by_head)
-        )
-        # In prepare-head nothing but the head does, and that is small.
-        trains = any(parameter.requires_grad for parameter in encoder.parameters())
-        kept = head + _trunk_bytes(model, config.num_views)
-        moved = partial(_moved, model, config.num_views)
-        (once, once_0), (both, both_0) = _line(partial(moved, _trunk)), _line(partial(moved, _all))
-        moved_once, moved_both = once * num_images + once_0, both * num_images + both_0
+        two, four = (_count(model, config.num_views, num_images) for num_images in (2, 4))
         views = _nbytes(_views(model, config.num_views, 1))
+    # Bytes of an image, and those that are there whatever the batch.
+    slope = _Count(*((b - a) // 2 for a, b in zip(two, four, strict=True)))
+    offset = _Count(*(2 * a - b for a, b in zip(two, four, strict=True)))
+    moved = slope.moved * num_images + offset.moved
+    # In prepare-head nothing but the head trains, and that is small.
+    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    moved_once = slope.moved_by_trunk * num_images + offset.moved_by_trunk if trains else moved
+    masked = 0.0 if model.decoder is None else 1 - config.mask_ratio
+    kept = slope.saved_by_head + round((1 + masked) * slope.trunk)
     return MemoryPlan(
         num_images=num_images,
         chunk_size=min(config.chunk_size or num_images, num_images),
@@ -188,13 +188,13 @@ def plan_memory(config: Config, *, num_gpus: int = 1, device_type: str = "cuda")
         encoder_ema=_state_bytes(encoder) if config.encoder_ema is not None else 0,
         queue=queue + shadow,
         views=views * num_images,
-        weight_copies=copies,
-        saved_per_image=saved,
-        kept_per_image=min(saved, kept),
+        weight_copies=offset.saved,
+        saved_per_image=slope.saved,
+        kept_per_image=min(slope.saved, kept),
         forward_per_image=FORWARD_BYTES * row,
         backward_per_image=BACKWARD_BYTES * row if trains else 0,
-        moved_once=moved_once if trains else moved_both,
-        moved_forward=moved_both - moved_once if trains else 0,
+        moved_once=moved_once,
+        moved_forward=moved - moved_once,
     )
 
 
@@ -234,48 +234,46 @@ def _autocast(config: Config, device_type: str) -> Iterator[None]:
         torch.set_autocast_dtype(device_type, before[1])
 
 
-def _line(count: Callable[[int], int]) -> tuple[int, int]:
-    """Slope and offset of bytes by images."""
-    two, four = count(2), count(4)
-    return (four - two) // 2, 2 * two - four
+class _Count(NamedTuple):
+    """Bytes of one forward pass; parameters, buffers and views are not counted as saved."""
+
+    saved: int
+    """What autograd saves."""
+    saved_by_head: int
+    """The same in the head alone."""
+    moved: int
+    """What operators read and write, matrix products left out."""
+    moved_by_trunk: int
+    """The same in the frozen blocks."""
+    trunk: int
+    """The frozen blocks' result."""
 
 
-def _saved(model: StageModel, num_views: int, num_images: int) -> int:
-    """Bytes that autograd saves in the model's forward, without parameters and views."""
+def _count(model: StageModel, num_views: int, num_images: int) -> _Count:
+    # Every update casts its weights anew.
+    torch.clear_autocast_cache()
     views = _views(model, num_views, num_images)
-    with _counted([*model.parameters(), *model.buffers(), views]) as storages:
+    known = [*model.parameters(), *model.buffers(), views]
+    with _Traffic() as by_trunk:  # type: ignore[no-untyped-call]
+        trunk = model.encoder.trunk(views.flatten(0, 1))
+    # The outputs hold the graph, and the graph the storages that are counted.
+    with _counted(known) as saved, _Traffic() as traffic:  # type: ignore[no-untyped-call]
         output = model(views, step=0)
-    # The loss holds the graph, and the graph the tensors whose storages were counted.
     del output
-    return sum(storages.values())
-
-
-def _saved_by_head(model: StageModel, num_views: int, num_images: int) -> int:
-    if isinstance(model, PretrainModel):
-        return 0
-    weight = next(model.head.parameters())
-    pooled = torch.empty(num_views, num_images, model.encoder.embed_dim, device=weight.device)
-    with _counted([*model.parameters(), *model.buffers()]) as storages:
-        output = model.head(pooled.requires_grad_(), step=0)
-    del output
-    return sum(storages.values())
-
-
-def _trunk_bytes(model: StageModel, num_views: int) -> int:
-    """What the frozen layers make of one image, and of its masked views where there are some."""
-    trunk = model.encoder.trunk(_views(model, num_views, 1).flatten(0, 1))
-    if trunk is None:
-        return 0
-    masked = 0.0 if model.decoder is None else 1 - model.mask_ratio
-    return round((1 + masked) * _nbytes(trunk))
-
-
-def _trunk(model: StageModel, views: Tensor) -> None:
-    model.encoder.trunk(views.flatten(0, 1))
-
-
-def _all(model: StageModel, views: Tensor) -> None:
-    model(views, step=0)
+    head: dict[int, int] = {}
+    if not isinstance(model, PretrainModel):
+        width, device = model.encoder.embed_dim, views.device
+        pooled = torch.empty(num_views, num_images, width, device=device, requires_grad=True)
+        with _counted(known) as head:
+            output = model.head(pooled, step=0)
+        del output
+    return _Count(
+        saved=sum(saved.values()),
+        saved_by_head=sum(head.values()),
+        moved=traffic.num_bytes,
+        moved_by_trunk=by_trunk.num_bytes,
+        trunk=0 if trunk is None else _nbytes(trunk),
+    )
 
 
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -290,16 +288,6 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             self.num_bytes += sum(map(_nbytes, [*read, *made]))
         return result
-
-
-def _moved(
-    model: StageModel, num_views: int, run: Callable[[StageModel, Tensor], None], num_images: int
-) -> int:
-    """Bytes that a forward pass moves beside matrix products."""
-    views = _views(model, num_views, num_images)
-    with _Traffic() as traffic:  # type: ignore[no-untyped-call]
-        run(model, views)
-    return int(traffic.num_bytes)
 
 
 def _views(model: StageModel, num_views: int, num_images: int) -> Tensor:
