@@ -201,8 +201,8 @@ def measure_step(
         compile_blocks: of stock PyTorch.
     """
     from maect_fast.training.distributed import init_world
-    from maect_fast.training.engine import _update, matrix_dtype
-    from maect_fast.training.stages import build_stage
+    from maect_fast.training.engine import _update
+    from maect_fast.training.stages import build_stage, matrix_dtype
 
     world = init_world(config.device)
     device, dtype = world.device, matrix_dtype(config, world.device)

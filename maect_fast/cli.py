@@ -16,6 +16,7 @@ examples:
   maect-fast pretrain --recipe l16 --out runs/mae data.root=/images/train
   maect-fast prepare-head --recipe l16 --init runs/mae --out runs/head data.root=/images/train
   maect-fast tune --recipe l16 --init runs/head --out runs/mae-ct data.root=/images/train
+  maect-fast plan --recipe h14 batch_size=512
   maect-fast evaluate runs/mae runs/mae-ct data.test_root=/images/val
   torchrun --nproc-per-node 8 -m maect_fast.cli tune ...
 key=value changes a setting of the recipe (epochs=10 optim.encoder_lr=5e-5 data.workers=8).
@@ -108,6 +109,19 @@ def _parser() -> argparse.ArgumentParser:
             )
         train.set_defaults(run=_train)
 
+    plan = commands.add_parser(
+        "plan", help="memory and time of an update, and which chunk_size fits; needs no GPU"
+    )
+    plan.add_argument("--recipe", metavar="NAME", required=True, help="name, or a YAML file")
+    plan.add_argument(
+        "--stage",
+        choices=("pretrain", "prepare-head", "tune"),
+        default="tune",
+        help="default: tune",
+    )
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="default: 1")
+    plan.set_defaults(run=_plan)
+
     evaluate = commands.add_parser(
         "evaluate", help="k-NN, linear probe, low-shot and clustering of runs, with a report"
     )
@@ -175,6 +189,18 @@ def _train(options: argparse.Namespace) -> int:
     if run_stage(config, options.out, init=options.init, decoder=decoder):
         return 0
     print(f"stopped and saved; the same command continues {options.out}", file=sys.stderr)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from maect_fast.plan import report
+
+    config = load_config(load_recipe(options.recipe, options.stage), overrides=options.overrides)
+    if options.gpus < 1 or config.batch_size % options.gpus:
+        raise ConfigError(
+            f"--gpus: expected a divisor of batch_size = {config.batch_size}, got {options.gpus}"
+        )
+    print(report(options.recipe, config, num_gpus=options.gpus))
     return 0
 
 

@@ -199,6 +199,10 @@ class Config:
     """Passes over the training images."""
     batch_size: int = 1024
     """Images per update over all ranks; each gives num_views views."""
+    chunk_size: int | None = None
+    """Images of a process whose activations are in memory at a time; None or 0 is all of them. With
+    chunks the trained blocks run twice, and the update is the same to rounding: for a batch that is
+    larger than the GPU; `maect-fast plan` says which size fits."""
     num_views: int = 2
     """Random crops per image and update."""
     mask_ratio: float = 0.75
@@ -311,6 +315,12 @@ def _check(config: Config) -> None:
             "batch_size",
             "at least 2 (batch statistics need two rows)",
             config.batch_size,
+        ),
+        (
+            config.chunk_size is None or config.chunk_size >= 0,
+            "chunk_size",
+            "images per chunk, 0 or null for one pass",
+            config.chunk_size,
         ),
         (config.num_views >= 1, "num_views", "at least 1", config.num_views),
         (

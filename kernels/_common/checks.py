@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
     "FLOATING",
@@ -101,7 +102,9 @@ def check_temperature(temperature: float | Tensor, *, learnable: bool) -> Tensor
         return temperature
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    return _make_scalar(temperature) if torch.compiler.is_compiling() else _scalar(temperature)
+    # A mode's own tensor, as a fake one, may not be found later by calls without the mode.
+    is_real = not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    return _scalar(temperature) if is_real else _make_scalar(temperature)
 
 
 def _make_scalar(x: float) -> Tensor:

@@ -20,7 +20,7 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tensor cores with bf16 and asynchronous copies begin here.
 OLDEST_ARCH = 80
-# Of an H100, for launches made without a device.
+# Of an H100, for launches and fake tensors without a device.
 ARCH, MULTIPROCESSORS = 90, 132
 
 
@@ -69,7 +69,7 @@ def _interprets() -> bool:
 @functools.cache
 def sm_arch(device: torch.device) -> int:
     """Compute capability of the device, as in sm_90."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return ARCH
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

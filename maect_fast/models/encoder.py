@@ -115,6 +115,7 @@ class Encoder(nn.Module):
         ids_keep: Tensor | None = None,
         *,
         class_token_only: bool = False,
+        trunk: Tensor | None = None,
     ) -> Tensor:
         """Encode the images, or their kept patches.
 
@@ -123,27 +124,40 @@ class Encoder(nn.Module):
             ids_keep: [B, N] patches to encode; None encodes all L in their own order.
             class_token_only: what the last block and the final norm compute for the other tokens is
                 left out: all but their keys and values.
+            trunk: what the method `trunk` gave for these arguments; None runs it.
 
         Returns:
             [B, 1 + N, D] tokens after the final norm, the class token first; with
             `class_token_only` [B, 1, D], the same row. Autograd reaches down to the first layer
             that is not frozen.
         """
-        num_frozen_blocks = min(self.num_frozen, self.depth)
-        with profile_range("frozen blocks" if self.num_frozen else "tuned blocks"):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen == 0):
-                tokens = self.embed(images, ids_keep)
-            with torch.no_grad():
-                for i in range(num_frozen_blocks):
-                    tokens = self._run_block(i, tokens, class_token_only)
+        if trunk is None:
+            trunk = self.trunk(images, ids_keep, class_token_only=class_token_only)
         trains = self.num_frozen <= self.depth
         with (
             profile_range("tuned blocks" if trains else "frozen blocks"),
             torch.set_grad_enabled(torch.is_grad_enabled() and trains),
         ):
-            for i in range(num_frozen_blocks, self.depth):
+            tokens = self.embed(images, ids_keep) if trunk is None else trunk
+            for i in range(min(self.num_frozen, self.depth), self.depth):
                 tokens = self._run_block(i, tokens, class_token_only)
             return self.norm(tokens)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def trunk(
+        self, images: Tensor, ids_keep: Tensor | None = None, *, class_token_only: bool = False
+    ) -> Tensor | None:
+        """The tokens after the frozen stem and blocks; None where nothing is frozen.
+
+        Args are those of `forward`.
+        """
+        if self.num_frozen == 0:
+            return None
+        with profile_range("frozen blocks"):
+            tokens = self.embed(images, ids_keep)
+            for i in range(min(self.num_frozen, self.depth)):
+                tokens = self._run_block(i, tokens, class_token_only)
+            return tokens
 
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Embed the patches, add their positions, prepend the class token, which has no position.

@@ -19,13 +19,15 @@ from maect_fast.kernels import masked_patch_mse, patch_targets
 from maect_fast.models.decoder import Decoder
 from maect_fast.models.encoder import (
     Encoder,
+    Masking,
     masking_noise,
     paste_patches,
-    pooled_features,
+    pool,
     random_masking,
 )
 from maect_fast.models.head import NNCLRHead
 from maect_fast.profiling import profile_range
+from maect_fast.training.chunks import in_chunks
 from maect_fast.training.distributed import World
 
 __all__ = [
@@ -46,6 +48,7 @@ class PretrainModel(nn.Module):
         mask_ratio: share of the patches that is removed.
         seed: of the masks, together with the step and the image's row in the global batch.
         rank: of this process, whose rows of the global batch start at `rank * n`.
+        chunk_size: images that are in memory for the backward at a time; None for all.
 
     Raises:
         ValueError: the ratio removes no patch, or every one.
@@ -59,6 +62,7 @@ class PretrainModel(nn.Module):
         mask_ratio: float,
         seed: int = 0,
         rank: int = 0,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         _check_mask_ratio(mask_ratio, encoder)
@@ -67,6 +71,7 @@ class PretrainModel(nn.Module):
         self.mask_ratio = mask_ratio
         self.seed = seed
         self.rank = rank
+        self.chunk_size = chunk_size
 
     def forward(
         self,
@@ -132,6 +137,7 @@ class ContrastiveModel(nn.Module):
         mask_ratio: of that loss.
         seed: of that loss's masks.
         rank: of this process, whose rows of the global batch start at `rank * n`.
+        chunk_size: images that are in memory for the backward at a time; None for all.
 
     Raises:
         ValueError: a weight without a decoder or the reverse; or a mask ratio that `PretrainModel`
@@ -149,6 +155,7 @@ class ContrastiveModel(nn.Module):
         mask_ratio: float = 0.75,
         seed: int = 0,
         rank: int = 0,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         if (decoder is None) != (reconstruction_weight == 0):
@@ -166,6 +173,7 @@ class ContrastiveModel(nn.Module):
         self.mask_ratio = mask_ratio
         self.seed = seed
         self.rank = rank
+        self.chunk_size = chunk_size
 
     def forward(
         self,
@@ -187,7 +195,7 @@ class ContrastiveModel(nn.Module):
             "loss" and "nn_accuracy", 0-d; with a decoder also the parts "contrastive" and
             "reconstruction".
         """
-        pooled = pooled_features(self.encoder, views.flatten(0, 1), self.pooling)  # [V * n, D] fp32
+        pooled = self._pooled(views.flatten(0, 1), _chunk_rows(self, views))  # [V * n, D] fp32
         pooled = pooled.view(*views.shape[:2], -1)
         output = self.head(pooled, step=step, sample_id=sample_id, label=label)
         if self.decoder is None:
@@ -200,6 +208,18 @@ class ContrastiveModel(nn.Module):
             "reconstruction": reconstruction.detach(),
         }
 
+    def _pooled(self, images: Tensor, chunk_rows: int | None) -> Tensor:
+        """Features [B, D] of images [B, C, H, W]."""
+        encoder, first_only = self.encoder, self.pooling == "class_token"
+
+        def keep(images: Tensor) -> tuple[Tensor, Tensor | None]:
+            return images, encoder.trunk(images, class_token_only=first_only)
+
+        def run(images: Tensor, trunk: Tensor | None) -> Tensor:
+            return pool(encoder(images, class_token_only=first_only, trunk=trunk), self.pooling)
+
+        return in_chunks(keep, run, [images], encoder.parameters(), size=chunk_rows)
+
 
 def build_pretrain(config: Config, world: World) -> PretrainModel:
     """Stage 1's model with fresh weights, a function of `config.seed` alone."""
@@ -207,7 +227,12 @@ def build_pretrain(config: Config, world: World) -> PretrainModel:
         encoder = Encoder(config.encoder)
         decoder = Decoder(config.decoder, encoder)
     return PretrainModel(
-        encoder, decoder, mask_ratio=config.mask_ratio, seed=config.seed, rank=world.rank
+        encoder,
+        decoder,
+        mask_ratio=config.mask_ratio,
+        seed=config.seed,
+        rank=world.rank,
+        chunk_size=config.chunk_size,
     )
 
 
@@ -229,6 +254,7 @@ def build_contrastive(config: Config, world: World) -> ContrastiveModel:
         mask_ratio=config.mask_ratio,
         seed=config.seed,
         rank=world.rank,
+        chunk_size=config.chunk_size,
     )
 
 
@@ -247,18 +273,36 @@ def _masked_loss(
         device=views.device,
     )
     masking = random_masking(noise, model.mask_ratio)
-    images = views.flatten(0, 1)
-    tokens = model.encoder(images, masking.ids_keep)
-    with profile_range("decoder"):
-        predicted = decoder(tokens, masking)
-    with profile_range("loss"):
-        return masked_patch_mse(
-            predicted,
-            images,
-            masking.ids_removed,
-            model.encoder.patch_size,
-            normalize=decoder.normalize_pixels,
-        )
+    images, encoder = views.flatten(0, 1), model.encoder
+
+    def keep(images: Tensor, *ids: Tensor) -> tuple[Tensor | None, ...]:
+        return images, *ids, encoder.trunk(images, Masking(*ids).ids_keep)
+
+    def run(images: Tensor, *ids_and_trunk: Tensor) -> Tensor:
+        *ids, trunk = ids_and_trunk
+        masking = Masking(*ids)
+        tokens = encoder(images, masking.ids_keep, trunk=trunk)
+        with profile_range("decoder"):
+            predicted = decoder(tokens, masking)
+        with profile_range("loss"):
+            loss = masked_patch_mse(
+                predicted,
+                images,
+                masking.ids_removed,
+                encoder.patch_size,
+                normalize=decoder.normalize_pixels,
+            )
+        # Its share in the mean over all rows.
+        return loss[None] * (len(images) / (num_views * num_rows))
+
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    chunk_rows = _chunk_rows(model, views)
+    return in_chunks(keep, run, [images, *masking], parameters, size=chunk_rows).sum()
+
+
+def _chunk_rows(model: PretrainModel | ContrastiveModel, views: Tensor) -> int | None:
+    """Rows of a chunk of `views.flatten(0, 1)`: those of chunk_size images."""
+    return model.chunk_size * len(views) if model.chunk_size else None
 
 
 def _check_mask_ratio(mask_ratio: float, encoder: Encoder) -> None:

@@ -32,9 +32,16 @@ from maect_fast.data import Batch, Loader, build_source
 from maect_fast.profiling import Profile, profile_range
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.log import RunLog
-from maect_fast.training.stages import StageState, build_stage, last_checkpoint, start_weights
+from maect_fast.training.memory import check_memory
+from maect_fast.training.stages import (
+    StageState,
+    build_stage,
+    last_checkpoint,
+    matrix_dtype,
+    start_weights,
+)
 
-__all__ = ["TrainingError", "matrix_dtype", "run_stage"]
+__all__ = ["TrainingError", "run_stage"]
 
 # Settings that may differ when a run continues: they change no result but for rounding.
 MAY_CHANGE = {
@@ -43,6 +50,7 @@ MAY_CHANGE = {
     "data.workers",
     "data.max_broken",
     "checkpoint_every",
+    "chunk_size",
     "save_minutes",
     "log_every",
     "threads",
@@ -83,6 +91,9 @@ def run_stage(
     resumed = load_checkpoint(last_checkpoint(out)) if last_checkpoint(out).exists() else None
     if resumed is not None:
         _check_same_run(config, out, load_config(resumed["config"]))
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+        check_memory(config, num_gpus=world.size, num_bytes=memory)
     loader = _build_loader(config, world)
     total = config.epochs * loader.updates_per_epoch
     state = build_stage(config, world, total=total)
@@ -166,12 +177,6 @@ def _update(state: StageState, model: nn.Module, batch: Batch, world: World) -> 
         outputs["loss"].backward()  # type: ignore[no-untyped-call]
     state.apply_gradients()
     return {name: value.detach() for name, value in outputs.items()}
-
-
-def matrix_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What the operands of matrix products are: the autocast dtype, or fp32 without autocast."""
-    use_bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if use_bf16 else torch.float32
 
 
 class _Meter:

@@ -29,9 +29,22 @@ from maect_fast.training.ema import EncoderEma
 from maect_fast.training.optim import build_optimizer, param_groups, set_lr
 from maect_fast.training.schedule import warmup_cosine
 
-__all__ = ["StageState", "build_stage", "last_checkpoint", "start_weights"]
+__all__ = [
+    "StageModel",
+    "StageState",
+    "build_stage",
+    "last_checkpoint",
+    "matrix_dtype",
+    "start_weights",
+]
 
 StageModel = PretrainModel | ContrastiveModel
+
+
+def matrix_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What the operands of matrix products are: the autocast dtype, or fp32 without autocast."""
+    use_bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -139,8 +139,8 @@ def test_contrastive_runs_the_last_block_for_the_class_token(frozen: int | None)
 
     result = update()
     assert rows == [1, 5]
-    whole = model.encoder.forward
-    model.encoder.forward = lambda *args, class_token_only=False: whole(*args)  # type: ignore[method-assign]
+    run = model.encoder._run_block
+    model.encoder._run_block = lambda i, tokens, _: run(i, tokens, False)  # type: ignore[assignment, method-assign]
     torch.testing.assert_close(result, update(), rtol=1e-9, atol=1e-12)
     assert rows == [1, 5, 17, 5]
 
