@@ -1,8 +1,8 @@
 """Images per second and MFU of whole training updates: `maect-fast bench step`.
 
-Timed is the engine's own update on a batch that lies on the device, and in stage 3 beside it the
-same update in stock PyTorch (`stock.py`); what making a batch costs is reported beside it. MFU, the
-model FLOPs utilisation, is the model's FLOPs per second over the matrix rate measured here: what an
+Timed is the engine's own update on a batch that lies on the device, and in stage 3 beside it, on a
+CPU in turn with it, the same update in stock PyTorch (`stock.py`); what making a batch costs is
+reported beside it. MFU, the model FLOPs utilisation, is the model's FLOPs per second over the matrix rate measured here: what an
 implementation leaves out counts for it, what it computes twice counts against it.
 """
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
@@ -187,72 +187,95 @@ def measure_step(
     *,
     overrides: Sequence[str],
     num_updates: int,
-    provider: str = OURS,
+    providers: Sequence[str] = (OURS,),
     compile_blocks: bool = False,
-) -> StepRow:
-    """Time updates with random weights on synthetic images.
+) -> list[StepRow]:
+    """Time updates with random weights on synthetic images, those of several providers in turn.
 
     Args:
-        recipe: its name, for the row.
+        recipe: its name, for the rows.
         config: the recipe with the overrides.
-        overrides: for the row.
-        num_updates: how many are timed, at least two, after some that are not.
-        provider: ours or stock PyTorch.
+        overrides: for the rows.
+        num_updates: how many of each are timed, at least two, after some that are not.
+        providers: ours and stock PyTorch.
         compile_blocks: of stock PyTorch.
     """
     from maect_fast.training.distributed import init_world
-    from maect_fast.training.engine import _update
-    from maect_fast.training.stages import build_stage, matrix_dtype
+    from maect_fast.training.stages import matrix_dtype
 
     world = init_world(config.device)
     device, dtype = world.device, matrix_dtype(config, world.device)
     batch, data_seconds = _batch(config, world)
-    update: Callable[[], object]
-    if provider == STOCK:
-        from maect_fast.benchmarks.stock import StockTuning
-
-        images = (batch.views, batch.sample_id)
-        stock = StockTuning(config, device, dtype, compile_blocks=compile_blocks, batch=images)
-        update = stock.update
-        # For the number of FLOPs only.
-        with torch.device("meta"):
-            model = build_stage(config, replace(world, device=torch.device("meta")), total=1).model
-    else:
-        state = build_stage(config, world, total=WARMUP + num_updates + HOST_UPDATES + 1)
-        model = state.model
-        update = partial(_update, state, model, batch, world)
+    total = WARMUP + num_updates + HOST_UPDATES + 1
+    programs = [_program(p, config, world, batch, total, compile_blocks) for p in providers]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = _seconds(update, num_updates, device)
+    times = _seconds([update for update, _ in programs], num_updates, device)
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    deciles = quantiles(seconds, n=10, method="inclusive")
-    flops = update_flops(model, config)
-    rate, best = config.batch_size * flops.total / deciles[4], matrix_rate(dtype, device)
-    return StepRow(
-        recipe=recipe,
-        overrides=" ".join(item for item in overrides if item.split("=")[0] not in HAVE_COLUMNS),
-        stage=config.stage,
-        batch_size=config.batch_size,
-        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
-        images_per_second=config.batch_size / deciles[4],
-        p50_ms=1e3 * deciles[4],
-        p20_ms=1e3 * deciles[1],
-        p80_ms=1e3 * deciles[7],
-        frozen_gflop=flops.frozen / 1e9,
-        tuned_gflop=flops.tuned / 1e9,
-        head_gflop=flops.head / 1e9,
-        search_gflop=flops.search / 1e9,
-        tflops=rate / 1e12,
-        matrix_tflops=best / 1e12,
-        mfu=rate / best,
-        peak_mib=peak,
-        data_ms=1e3 * data_seconds,
-        provider=provider,
-        compiled="blocks" if provider == STOCK and compile_blocks else "",
-        host_ms=_host_ms(update, device),
-        launches=_launches(update, device),
-        **environment_columns(device),
+    best = matrix_rate(dtype, device)
+    rows = []
+    for provider, (update, model), seconds in zip(providers, programs, times, strict=True):
+        deciles = quantiles(seconds, n=10, method="inclusive")
+        flops = update_flops(model, config)
+        rate = config.batch_size * flops.total / deciles[4]
+        row = StepRow(
+            recipe=recipe,
+            overrides=" ".join(
+                item for item in overrides if item.split("=")[0] not in HAVE_COLUMNS
+            ),
+            stage=config.stage,
+            batch_size=config.batch_size,
+            dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+            images_per_second=config.batch_size / deciles[4],
+            p50_ms=1e3 * deciles[4],
+            p20_ms=1e3 * deciles[1],
+            p80_ms=1e3 * deciles[7],
+            frozen_gflop=flops.frozen / 1e9,
+            tuned_gflop=flops.tuned / 1e9,
+            head_gflop=flops.head / 1e9,
+            search_gflop=flops.search / 1e9,
+            tflops=rate / 1e12,
+            matrix_tflops=best / 1e12,
+            mfu=rate / best,
+            peak_mib=peak,
+            data_ms=1e3 * data_seconds,
+            provider=provider,
+            compiled="blocks" if provider == STOCK and compile_blocks else "",
+            host_ms=_host_ms(update, device),
+            launches=_launches(update, device),
+            **environment_columns(device),
+        )
+        rows.append(row)
+    return rows
+
+
+def _program(
+    provider: str,
+    config: "Config",
+    world: "World",
+    batch: "Batch",
+    total: int,
+    compile_blocks: bool,
+) -> tuple[Callable[[], object], "PretrainModel | ContrastiveModel"]:
+    """An update to call, and the model by which its FLOPs are counted."""
+    from maect_fast.training.engine import _update
+    from maect_fast.training.stages import build_stage, matrix_dtype
+
+    if provider == OURS:
+        state = build_stage(config, world, total=total)
+        return partial(_update, state, state.model, batch, world), state.model
+    from maect_fast.benchmarks.stock import StockTuning
+
+    stock = StockTuning(
+        config,
+        world.device,
+        matrix_dtype(config, world.device),
+        compile_blocks=compile_blocks,
+        batch=(batch.views, batch.sample_id),
     )
+    with torch.device("meta"):
+        model = build_stage(config, replace(world, device=torch.device("meta")), total=1).model
+    return stock.update, model
 
 
 def _host_ms(update: Callable[[], object], device: torch.device) -> float | None:
@@ -317,23 +340,28 @@ def _batch(config: "Config", world: "World") -> tuple["Batch", float]:
     return Batch(*(tensor.to(world.device) for tensor in tensors)), seconds
 
 
-def _seconds(update: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Of each of `count` updates after a warm-up; on a GPU the host waits for none of them."""
-    for _ in range(WARMUP):
-        update()
+def _seconds(
+    updates: Sequence[Callable[[], object]], count: int, device: torch.device
+) -> list[list[float]]:
+    """Of `count` updates of each, in turn, after a warm-up; on a GPU the host waits for none."""
+    for update in updates:
+        for _ in range(WARMUP):
+            update()
     if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count * len(updates) + 1)]  # type: ignore[no-untyped-call]
         events[0].record()
-        for event in events[1:]:
+        for event, update in zip(events[1:], cycle(updates), strict=False):
             update()
             event.record()
         torch.cuda.synchronize(device)
-        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
-    times = [time.perf_counter()]
-    for _ in range(count):
-        update()
-        times.append(time.perf_counter())
-    return [end - start for start, end in pairwise(times)]
+        seconds = [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+    else:
+        times = [time.perf_counter()]
+        for update in islice(cycle(updates), count * len(updates)):
+            update()
+            times.append(time.perf_counter())
+        seconds = [end - start for start, end in pairwise(times)]
+    return [seconds[i :: len(updates)] for i in range(len(updates))]
 
 
 HEADER = {
@@ -399,27 +427,32 @@ def main(words: Sequence[str]) -> int:
         compile_blocks = options.compile_blocks
         if compile_blocks is None:
             compile_blocks = device.type == "cuda"
-        rows = {}
-        for provider in options.provider:
+        # A CPU's speed changes with its clock and its neighbours: updates are timed in turn.
+        # A GPU's memory is for one program at a time.
+        alone = [[provider] for provider in options.provider]
+        rows: dict[str, StepRow] = {}
+        for providers in [options.provider] if device.type == "cpu" else alone:
             try:
-                rows[provider] = row = measure_step(
+                measured = measure_step(
                     recipe,
                     config,
                     overrides=overrides,
                     num_updates=options.updates,
-                    provider=provider,
+                    providers=providers,
                     compile_blocks=compile_blocks,
                 )
             except torch.OutOfMemoryError:
-                who = recipe if provider == OURS else f"{recipe}, {provider}"
+                who = recipe if providers == [OURS] else f"{recipe}, {', '.join(providers)}"
                 size = config.batch_size
                 print(f"{who}: out of memory, give less than batch_size={size}", file=sys.stderr)
                 code = 1
                 continue
             finally:
                 _release(device)
-            print(f"| {' | '.join(_cells(row))} |", flush=True)
-            append_rows(options.out / device_folder(device) / "step.csv", [row], key=KEY)
+            for row in measured:
+                rows[row.provider] = row
+                print(f"| {' | '.join(_cells(row))} |", flush=True)
+            append_rows(options.out / device_folder(device) / "step.csv", measured, key=KEY)
         if rows.keys() >= {OURS, STOCK}:
             ratio = number(rows[OURS].p50_ms / rows[STOCK].p50_ms)
             print(f"{recipe}: an update of {OURS} takes {ratio} times as long as {STOCK}'s")

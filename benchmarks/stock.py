@@ -1,7 +1,7 @@
 """Stage 3 as one writes it in stock PyTorch: what `maect-fast bench step` compares with.
 
 timm's ViT with SDPA, its blocks compiled one by one, eager search and loss, torch's fused AdamW:
-the sizes, the batch, the EMAs and the queue of a recipe, none of our code.
+the sizes, the batch, the parameter groups, the EMAs and the queue of a recipe, none of our code.
 """
 
 from contextlib import AbstractContextManager
@@ -61,27 +61,30 @@ class StockTuning:
         if compile_blocks:
             for block in self.encoder.blocks:
                 block.compile(dynamic=False)
-        heads = (self.projector, self.predictor)
-        tuned = [p for p in self.encoder.parameters() if p.requires_grad]
-        others = [p for head in heads for p in head.parameters()]
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": tuned,
-                    "lr": optim.encoder_lr,
-                    "weight_decay": optim.encoder_weight_decay,
-                },
-                {
-                    "params": others,
-                    "lr": optim.other_lr,
-                    "weight_decay": optim.other_weight_decay,
-                },
-            ],
-            fused=True,
-        )
-        self.tuned = tuned
-        self.ema = [p.detach().clone() for p in tuned]
+        self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
+        self.tuned = [p for p in self.encoder.parameters() if p.requires_grad]
+        self.ema = [p.detach().clone() for p in self.tuned]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by rate and weight decay: by layer, and biases and norms apart."""
+        optim, depth = self.config.optim, len(self.encoder.blocks)
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for module in (self.encoder, self.projector, self.predictor):
+            for name, parameter in module.named_parameters():
+                lr, weight_decay = optim.other_lr, optim.other_weight_decay
+                if module is self.encoder:
+                    lr, weight_decay = optim.encoder_lr, optim.encoder_weight_decay
+                    if not name.startswith("norm."):
+                        block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+                        lr *= optim.layer_decay ** (depth - block)
+                if parameter.ndim <= 1:
+                    weight_decay = 0.0
+                if parameter.requires_grad:
+                    groups.setdefault((lr, weight_decay), []).append(parameter)
+        return [
+            {"params": parameters, "lr": lr, "weight_decay": weight_decay}
+            for (lr, weight_decay), parameters in groups.items()
+        ]
 
     def update(self) -> None:
         """Forward, backward, optimiser, EMAs, queue. No host sync."""
@@ -141,6 +144,8 @@ class StockTuning:
         if head.target_ema is not None:
             target, source = (tuple(m.parameters()) for m in (self.target, self.projector))
             torch._foreach_lerp_(target, source, 1 - head.target_ema)
+            for copied, buffer in zip(self.target.buffers(), self.projector.buffers(), strict=True):
+                copied.copy_(buffer)
         if ema is not None:
             torch._foreach_lerp_(self.ema, self.tuned, 1 - ema)
         slots = (torch.arange(len(searched), device=self.device) + self.queue_ptr) % len(self.queue)

@@ -1,5 +1,6 @@
 """Images in, augmented batches out."""
 
+from maect_fast.data.feed import Feed
 from maect_fast.data.loader import Batch, DataError, EvalBatches, Loader, eval_batches
 from maect_fast.data.sources import FolderSource, Source, TensorSource, build_source
 
@@ -7,6 +8,7 @@ __all__ = [
     "Batch",
     "DataError",
     "EvalBatches",
+    "Feed",
     "FolderSource",
     "Loader",
     "Source",

@@ -10,6 +10,7 @@ Legend: V views, n images, C channels, H and W pixels of the source, S pixels of
 draws of four numbers.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -27,6 +28,7 @@ from maect_fast.config import AugmentConfig, ViewConfig
 from maect_fast.kernels._common.philox import philox_uniform
 
 __all__ = [
+    "bytes_to_normalized",
     "draw",
     "eval_pixels",
     "finish_views",
@@ -323,9 +325,27 @@ def _normal(uniform: Tensor) -> Tensor:
 
 def to_normalized(images: Tensor, augment: AugmentConfig) -> Tensor:
     """(x - mean) / std per channel; `images` [..., C, S, S] fp32 in [0, 1]."""
-    mean = torch.tensor(augment.mean, device=images.device)[:, None, None]
-    std = torch.tensor(augment.std, device=images.device)[:, None, None]
+    _, mean, std = _constants(tuple(augment.mean), tuple(augment.std), images.device)
     return (images - mean).div_(std)
+
+
+def bytes_to_normalized(images: Tensor, augment: AugmentConfig) -> Tensor:
+    """The same of x / 255; `images` [..., C, S, S] uint8. Every device gives the same bits."""
+    white, mean, std = _constants(tuple(augment.mean), tuple(augment.std), images.device)
+    return images.float().div_(white).sub_(mean).div_(std)
+
+
+@functools.cache
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """255, mean and std [C, 1, 1], which are copied to the device once.
+
+    CUDA divides by a tensor; a number's reciprocal it would multiply with, and round twice.
+    """
+    white = torch.full((), 255.0, device=device)
+    per_channel = [torch.tensor(x, device=device)[:, None, None] for x in (mean, std)]
+    return white, per_channel[0], per_channel[1]
 
 
 def eval_pixels(image: Image.Image, img_size: int) -> NDArray[np.uint8]:

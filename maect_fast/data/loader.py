@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maect_fast.config import AugmentConfig, ConfigError
 from maect_fast.data.augment import (
     NOISE,
+    bytes_to_normalized,
     draw,
     eval_pixels,
     finish_views,
@@ -32,6 +33,7 @@ from maect_fast.data.augment import (
     tensor_views,
     to_normalized,
 )
+from maect_fast.data.feed import Feed
 from maect_fast.data.sources import Source, TensorSource
 from maect_fast.kernels._common.philox import MASK32, philox4x32
 
@@ -51,10 +53,10 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's part of one update's images."""
+    """One rank's part of one update's images, on the loader's device."""
 
     views: Tensor
-    """[V, n, C, H, W] fp32, normalised; pinned memory where there is CUDA."""
+    """[V, n, C, H, W] fp32, normalised."""
     sample_id: Tensor
     """[n] int64, index of each image in its source."""
     label: Tensor
@@ -66,7 +68,8 @@ class _Item:
     """What a worker hands over for one batch."""
 
     pixels: Tensor
-    """[V, n, C, S, S] or, for evaluation, [n, C, S, S] fp32; void if too many are broken."""
+    """[V, n, C, S, S] fp32, or uint8 that is still to be normalised; for evaluation [n, C, S, S]
+    fp32. Void if too many are broken."""
     sample_id: Tensor
     """[n] int64, the images really shown."""
     broken: dict[int, str]
@@ -104,7 +107,10 @@ class _TrainingBatches(Dataset[_Item]):
     def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
         epoch, indices = key
         S, C = self.img_size, self.source.in_chans
-        views = torch.empty(self.num_views, len(indices), C, S, S)
+        # A quarter of the bytes, to the main process and to the device, where the rest is done.
+        stays_bytes = not self.augment.contrast and not self.augment.noise
+        dtype = torch.uint8 if stays_bytes else torch.float32
+        views = torch.empty(self.num_views, len(indices), C, S, S, dtype=dtype)
         ids = list(indices)
         broken: dict[int, str] = {}
         draws = self._draws(ids, epoch, NOISE)
@@ -119,6 +125,9 @@ class _TrainingBatches(Dataset[_Item]):
             if self.augment.noise or ids[row] != index:
                 own = self._draws([ids[row]], epoch, num_draws(self.augment, C * S * S))
             pixels = image_views(image, own[:, 0, :NOISE].tolist(), self.augment, S)
+            if stays_bytes:
+                views[:, row] = torch.from_numpy(pixels).movedim(-1, -3)
+                continue
             # One image at a time stays in the cache.
             views[:, row] = finish_views(_to_float(pixels)[:, None], own, self.augment)[:, 0]
         return _Item(views, torch.tensor(ids), broken)
@@ -195,8 +204,9 @@ class Loader:
     Batch b of an epoch holds images perm[b * B : (b + 1) * B] of the epoch's permutation, of which
     each rank gets a contiguous slice; a tail of fewer than B images is dropped. Images in memory
     are augmented in one go on the device where they lie; others (and images in memory with
-    photometric changes) are decoded once per update by worker processes. An image that cannot be
-    read is replaced by the next one of the source that can.
+    photometric changes) are decoded once per update by worker processes; their views travel as
+    bytes, unless contrast or noise need floats. An image that cannot be read is replaced by the
+    next one of the source that can.
 
     Raises:
         ConfigError: batch_size does not fit the number of images or of ranks.
@@ -215,8 +225,12 @@ class Loader:
         world_size: int = 1,
         workers: int = 0,
         max_broken: int = 10,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """Args are those of the configuration; `batch_size` counts the images of all ranks."""
+        """Args are those of the configuration; `batch_size` counts the images of all ranks.
+
+        `device` is where the batches are wanted.
+        """
         if batch_size > len(source):
             raise ConfigError(
                 f"batch_size: expected at most the {len(source)} images there are, got {batch_size}"
@@ -234,6 +248,7 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self._broken = _BrokenImages(source, max_broken)
+        self._feed = Feed(device)
         self._schedule = _Schedule()
         photometric = any(
             view.jitter or view.blur or view.grayscale or view.solarize for view in augment.views
@@ -273,10 +288,17 @@ class Loader:
             for b in range(start, self.updates_per_epoch)
         ]
         if self._images is not None:
-            return self._augmented(self._images, parts, epoch)
-        return self._from_workers(parts, epoch)
+            made = self._augmented(self._images, parts, epoch)
+        else:
+            made = self._from_workers(parts, epoch)
+        for views, sample_id, label in self._feed(made):
+            if views.dtype == torch.uint8:
+                views = bytes_to_normalized(views, self.augment)
+            yield Batch(views, sample_id, label)
 
-    def _augmented(self, images: Tensor, parts: list[Tensor], epoch: int) -> Iterator[Batch]:
+    def _augmented(
+        self, images: Tensor, parts: list[Tensor], epoch: int
+    ) -> Iterator[tuple[Tensor, ...]]:
         for sample_id in parts:
             on_device = sample_id.to(images.device)
             views = tensor_views(
@@ -290,13 +312,13 @@ class Loader:
             )
             if torch.cuda.is_available() and not views.is_cuda:
                 views = views.pin_memory()
-            yield Batch(views, sample_id, self.source.labels[sample_id])
+            yield views, sample_id, self.source.labels[sample_id]
 
-    def _from_workers(self, parts: list[Tensor], epoch: int) -> Iterator[Batch]:
+    def _from_workers(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, ...]]:
         self._schedule.items = [(epoch, part.tolist()) for part in parts]
         for item in self._decoded:
             self._broken.add(item.broken)
-            yield Batch(item.pixels, item.sample_id, self.source.labels[item.sample_id])
+            yield item.pixels, item.sample_id, self.source.labels[item.sample_id]
 
 
 class EvalBatches:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from maect_fast.checkpoint import write_atomically
+from maect_fast.data import Feed
 from maect_fast.models.encoder import pooled_features
 
 __all__ = [
@@ -94,8 +95,7 @@ def extract_features(
     rows, labels = [], []
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            for images, label in batches:
-                images = images.to(device, non_blocking=True)
+            for images, label in Feed(device)(batches):
                 rows.append(pooled_features(encoder, images, pooling).float().cpu())
                 labels.append(label)
     finally:

@@ -162,16 +162,12 @@ def _loop(state: StageState, loader: Loader, world: World, out: Path, profile: P
 
 
 def _update(state: StageState, model: nn.Module, batch: Batch, world: World) -> dict[str, Tensor]:
-    """Forward, backward, optimiser, EMAs. No host sync."""
+    """Forward, backward, optimiser, EMAs, of a batch on the device. No host sync."""
     device = world.device
-    with profile_range("data"):
-        views = batch.views.to(device, non_blocking=True)
-        sample_id = batch.sample_id.to(device, non_blocking=True)
-        label = batch.label.to(device, non_blocking=True)
     use_bf16 = matrix_dtype(state.config, device) == torch.bfloat16
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
         outputs: dict[str, Tensor] = model(
-            views, sample_id=sample_id, label=label, step=state.update
+            batch.views, sample_id=batch.sample_id, label=batch.label, step=state.update
         )
     with profile_range("backward"):
         outputs["loss"].backward()  # type: ignore[no-untyped-call]
@@ -260,6 +256,7 @@ def _build_loader(config: Config, world: World) -> Loader:
         world_size=world.size,
         workers=config.data.workers,
         max_broken=config.data.max_broken,
+        device=world.device,
     )
 
 

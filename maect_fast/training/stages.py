@@ -80,7 +80,7 @@ class StageState:
             if isinstance(self.model, ContrastiveModel):
                 self.model.head.update_target()
             if self.encoder_ema is not None:
-                self.encoder_ema.update(self.model.encoder)
+                self.encoder_ema.update()
         self.update += 1
 
     def state_dict(self) -> dict[str, Any]:

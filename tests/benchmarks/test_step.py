@@ -1,5 +1,5 @@
 import csv
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_said_and_the_next_is_measured(
 ) -> None:
     measure = step.measure_step
 
-    def full_for_l16(recipe: str, config: Config, **options: object) -> step.StepRow:
+    def full_for_l16(recipe: str, config: Config, **options: object) -> list[step.StepRow]:
         if recipe == "l16":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure(recipe, config, **options)  # type: ignore[arg-type]
@@ -257,6 +257,33 @@ def test_stock_pytorch_trains(more: list[str]) -> None:
     new = (stock.queue != queue).any(-1)
     assert new.nonzero().flatten().tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(stock.queue.norm(dim=-1), torch.ones(len(queue)))
+
+
+def test_stock_pytorch_has_the_recipes_parameter_groups() -> None:
+    changes = [*SMALL, "frozen_blocks=2", "batch_size=128"]  # 2 * 128 / 256: peak rate = base rate
+    config = load_config(load_recipe("digits", "tune"), overrides=changes)
+    batch = (torch.zeros(2, 4, 1, 32, 32), torch.arange(4))
+    stock = StockTuning(
+        config, torch.device("cpu"), torch.float32, compile_blocks=False, batch=batch
+    )
+    ours = build_stage(config, init_world("cpu"), total=9)
+
+    def groups(optimizer: torch.optim.Optimizer) -> list[tuple[float, float, list[int]]]:
+        return sorted(
+            (group["lr"], group["weight_decay"], sorted(p.numel() for p in group["params"]))
+            for group in optimizer.param_groups
+        )
+
+    assert len(groups(ours.optimizer)) == 7
+    assert groups(stock.optimizer) == groups(ours.optimizer)
+
+
+def test_updates_are_timed_in_turn_on_a_cpu() -> None:
+    calls: list[str] = []
+    updates = [partial(calls.append, "ours"), partial(calls.append, "stock")]
+    times = step._seconds(updates, 3, torch.device("cpu"))
+    assert calls[-6:] == ["ours", "stock"] * 3
+    assert [len(own) for own in times] == [3, 3]
 
 
 def test_stock_pytorch_refuses_what_it_does_not_do() -> None:

@@ -351,3 +351,13 @@ def test_evaluation_view_is_that_of_torchvision(size: tuple[int, int], mode: str
     ours = augment.eval_pixels(image, 32)
     assert ours.shape == (32, 32, len(mode))
     assert np.array_equal(ours, np.asarray(official(image)).reshape(ours.shape))
+
+
+def test_all_bytes_are_normalised_to_the_same_bits(device: torch.device) -> None:
+    """As a float divided by 255 is on the CPU; CUDA would multiply with 1 / 255."""
+    config = AugmentConfig()
+    images = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(3, -1, -1)
+    expected = augment.to_normalized(images.float() / 255, config)
+    assert torch.equal(augment.bytes_to_normalized(images.to(device), config).cpu(), expected)
+    odd = images[None, :, :, 1:].expand(5, -1, -1, -1).to(device)
+    assert torch.equal(augment.bytes_to_normalized(odd, config).cpu()[4], expected[:, :, 1:])

@@ -1,3 +1,4 @@
+import itertools
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from maect_fast.data import (
     build_source,
     eval_batches,
 )
+from maect_fast.data.augment import draw, finish_views, image_views, num_draws
 from maect_fast.data.loader import permutation
 
 WriteImage = Callable[..., Path]
@@ -364,6 +366,36 @@ def test_evaluation_leaves_broken_files_out(
         list(strict)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_views_that_travel_as_bytes_are_normalised_to_the_same_bits(
+    folder: Path, workers: int
+) -> None:
+    """Without contrast and noise, as in the recipes of the paper."""
+    source, augment = open_folder(folder), AugmentConfig(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.1])
+    loader = make_loader(source, augment, workers=workers)
+    (item,) = itertools.islice(make_loader(source, augment)._from_workers([torch.arange(4)], 0), 1)
+    assert item[0].dtype == torch.uint8
+    for batch in loader.batches(3):
+        assert batch.views.dtype == torch.float32
+        draws = draw(5, batch.sample_id, epoch=3, num_views=2, num=num_draws(augment, 3 * 16 * 16))
+        for row, index in enumerate(batch.sample_id.tolist()):
+            pixels = image_views(source.decode(index), draws[:, row].tolist(), augment, 16)
+            images = torch.from_numpy(pixels).movedim(-1, -3).float() / 255
+            expected = finish_views(images[:, None], draws[:, row : row + 1], augment)
+            assert torch.equal(batch.views[:, row], expected[:, 0])
+
+
+@pytest.mark.parametrize("augment", [AugmentConfig(), RANDOM], ids=["bytes", "floats"])
+def test_batches_reach_a_gpu_as_they_are_on_the_cpu(
+    augment: AugmentConfig, folder: Path, cuda: torch.device
+) -> None:
+    on_host = list(make_loader(open_folder(folder), augment).batches(0))
+    on_device = list(make_loader(open_folder(folder), augment, device=cuda).batches(0))
+    assert all(batch.views.is_cuda for batch in on_device)
+    moved = [Batch(b.views.cpu(), b.sample_id.cpu(), b.label.cpu()) for b in on_device]
+    assert_same(moved, on_host)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_are_pinned_where_there_is_cuda(folder: Path) -> None:
@@ -373,7 +405,7 @@ def test_batches_are_pinned_where_there_is_cuda(folder: Path) -> None:
         next(make_loader(synthetic()).batches(0)),
     ):
         assert batch.views.is_pinned()
-    on_device = next(make_loader(synthetic().to("cuda")).batches(0))
+    on_device = next(make_loader(synthetic().to("cuda"), device="cuda").batches(0))
     on_host = next(make_loader(synthetic()).batches(0))
     assert on_device.views.is_cuda
     torch.testing.assert_close(on_device.views.cpu(), on_host.views, atol=1e-3, rtol=0)

@@ -1,4 +1,6 @@
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from maect_fast.models.encoder import (
     sincos_pos_embed,
 )
 from maect_fast.nn import FusedAttention, unfuse
+from maect_fast.testing import assert_within_budget
 
 # 4 x 4 patches of 2 x 2 pixels
 TINY = EncoderConfig(
@@ -213,6 +216,91 @@ def test_kept_patches_are_cast_as_autocast_casts_them(enabled: bool) -> None:
         assert torch.equal(encoder.embed(images, ids_keep)[:, 1:], expected)
         double = encoder.double().embed(images.double(), ids_keep)
     torch.testing.assert_close(double[:, 1:], expected.double(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture
+def _as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole images are embedded as on CUDA."""
+    monkeypatch.setattr("maect_fast.models.encoder.is_gpu", lambda _: True)
+
+
+def embed(
+    encoder: Encoder, images: Tensor, ids_keep: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tokens, and gradients of what trains of the patch embedding."""
+    tokens = encoder.embed(images, ids_keep)
+    names = {n: p for n, p in encoder.patch_embed.named_parameters() if p.requires_grad}
+    if not names:
+        return tokens, {}
+    weight = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1)).to(tokens)
+    grads = torch.autograd.grad(tokens, list(names.values()), weight)
+    return tokens.detach(), dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_product_embeds_whole_images_within_the_convolutions_error(
+    frozen: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, images = tiny(), torch.randn(5, 3, 8, 8)
+    encoder.patch_embed.requires_grad_(not frozen)
+    exact, exact_grads = embed(copy.deepcopy(encoder).double(), images.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        by_module, by_module_grads = embed(encoder, images)
+        monkeypatch.setattr("maect_fast.models.encoder.is_gpu", lambda _: True)
+        with FlopCounterMode(display=False) as counter:
+            result, grads = embed(encoder, images)
+    operators = {str(op) for op in counter.get_flop_counts()["Global"]}
+    assert not any("convolution" in op for op in operators)
+    assert result.dtype == by_module.dtype
+    assert_within_budget(result, by_module, exact)
+    assert set(grads) == (set() if frozen else {"proj.weight", "proj.bias"})
+    for name, grad in grads.items():
+        assert_within_budget(grad, by_module_grads[name], exact_grads[name], name=name)
+
+
+def hooked(embedding: Any) -> None:
+    embedding.proj.register_forward_hook(lambda _, __, output: 2 * output)
+
+
+def embedding_hooked(embedding: Any) -> None:
+    embedding.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+
+
+def replaced(embedding: Any) -> None:
+    embedding.proj = nn.Sequential(embedding.proj, nn.Tanh())
+
+
+def overwritten(embedding: Any) -> None:
+    embedding.proj.forward = lambda images: 2 * nn.Conv2d.forward(embedding.proj, images)
+
+
+def normalised(embedding: Any) -> None:
+    embedding.norm = nn.LayerNorm(32)
+
+
+@pytest.mark.usefixtures("_as_on_gpu")
+@pytest.mark.parametrize("change", [hooked, embedding_hooked, replaced, overwritten, normalised])
+def test_a_changed_patch_embedding_is_called(change: Callable[[Any], None]) -> None:
+    """Of whole images and of kept patches."""
+    encoder, images = tiny(), torch.randn(2, 3, 8, 8)
+    ids_keep = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    plain = encoder.patch_embed(images)
+    change(encoder.patch_embed)
+    expected = encoder.patch_embed(images)
+    assert not torch.allclose(expected, plain)
+    row = torch.arange(2)[:, None]
+    tokens = encoder.embed(images)[:, 1:] - encoder.pos_embed
+    torch.testing.assert_close(tokens, expected)
+    kept = encoder.embed(images, ids_keep)[:, 1:] - encoder.pos_embed[0, ids_keep]
+    torch.testing.assert_close(kept, expected[row, ids_keep])
+
+
+@pytest.mark.usefixtures("_as_on_gpu")
+def test_one_product_compiles_whole() -> None:
+    encoder, images = tiny(), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(encoder.embed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images), encoder.embed(images))
 
 
 def test_order_of_kept_patches_does_not_matter_to_the_class_token() -> None:

@@ -34,7 +34,7 @@ def test_equals_the_formula() -> None:
     expected = {name: value.double() for name, value in encoder.state_dict().items()}
     for _ in range(3):
         move(encoder)
-        ema.update(encoder)
+        ema.update()
         for name, value in encoder.state_dict().items():
             expected[name] = 0.9 * expected[name] + 0.1 * value.double()
     for name, value in ema.state_dict().items():
@@ -48,7 +48,7 @@ def test_frozen_parameters_stay_bitwise_and_buffers_are_copied() -> None:
     ema = EncoderEma(encoder, 0.9999)
     encoder.pos_embed.add_(1)
     move(encoder)
-    ema.update(encoder)
+    ema.update()
     state, own = ema.state_dict(), encoder.state_dict()
     frozen = {name for name, p in encoder.named_parameters() if not p.requires_grad}
     assert {name for name in own if torch.equal(own[name], state[name])} == frozen | {"pos_embed"}
@@ -58,7 +58,7 @@ def test_fully_frozen_encoder_has_nothing_to_follow() -> None:
     encoder = Encoder(TINY)
     encoder.freeze(None)
     ema = EncoderEma(encoder, 0.5)
-    ema.update(encoder)
+    ema.update()
     assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in ema.state_dict().items())
 
 
@@ -66,10 +66,27 @@ def test_continues_from_its_state_dict_bitwise() -> None:
     encoder = Encoder(TINY)
     ema = EncoderEma(encoder, 0.9)
     move(encoder)
-    ema.update(encoder)
+    ema.update()
     resumed = EncoderEma(encoder, 0.9)
     resumed.load_state_dict({name: value.clone() for name, value in ema.state_dict().items()})
     move(encoder)
     for average in (ema, resumed):
-        average.update(encoder)
+        average.update()
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in ema.state_dict().items())
+
+
+def test_follows_an_encoder_that_is_converted_later() -> None:
+    """`Module.to` keeps parameters and replaces buffers; layers may freeze and thaw."""
+    encoder = Encoder(TINY)
+    ema = EncoderEma(encoder, 0.9)
+    encoder.double()
+    ema.encoder.double()
+    encoder.freeze(2)
+    encoder.pos_embed.add_(1)
+    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    move(encoder)
+    ema.update()
+    own, moves = encoder.state_dict(), {n for n, p in encoder.named_parameters() if p.requires_grad}
+    for name, value in ema.state_dict().items():
+        expected = before[name].lerp(own[name], 0.1) if name in moves else own[name]
+        torch.testing.assert_close(value, expected)
