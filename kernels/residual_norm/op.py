@@ -166,7 +166,7 @@ class _ResidualNorm(Differentiable):
 
     @staticmethod
     def backward(
-        ctx: Any, dr_out: Tensor | None, dy: Tensor | None, *_: None
+        ctx: Any, dr_out: Tensor | None, dy: Tensor | None, *_statistics: None
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         _, branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -179,7 +179,7 @@ class _ResidualNorm(Differentiable):
         dy = dy.contiguous()
         dr_out = None if dr_out is None else dr_out.contiguous()
         dr, _, sums = residual_norm_bwd(dy, dr_out, *saved, need_dr, False, ctx.backend)
-        dweight, dbias, *rest = sums
+        dweight, dbias, *rest = sums.unbind()
         gradients = (
             dr if need_dr else None,
             dr.to(branch_dtype) if need_dr and branch_dtype is not None else None,
