@@ -113,10 +113,9 @@ def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
 
 
 def normed(norm: Any, stream: Stream) -> Tensor:
-    """The norm of the stream, in the dtype of r, under autocast in at least fp32."""
+    """The norm of the stream, in the dtype of r, under autocast in fp32."""
     r, branch, bias = stream
-    is_mixed = torch.is_autocast_enabled(r.device.type)
-    dtype = torch.promote_types(r.dtype, torch.float32) if is_mixed else r.dtype
+    dtype = r.dtype if _autocast_dtype(r) is None else torch.float32
     if branch is None or not (_is_bare(norm) and _is_layer_norm(norm, r.shape[-1])):
         plain: Tensor = norm(stream.added().to(dtype))
         return plain
@@ -179,8 +178,7 @@ def obstacle(block: Any, x: Tensor) -> str | None:
     weights += [mlp.fc1.weight, mlp.fc2.weight]
     if any(weight.device != x.device for weight in weights):
         return f"its parameters are not on {x.device}, as its tokens are"
-    is_mixed = torch.is_autocast_enabled(x.device.type)
-    if not is_mixed and any(weight.dtype != x.dtype for weight in weights):
+    if _autocast_dtype(x) is None and any(weight.dtype != x.dtype for weight in weights):
         return f"its parameters are not {x.dtype}, as its tokens are, and there is no autocast"
     return None
 
@@ -195,10 +193,15 @@ def _place_obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """As autocast has it, which leaves fp64 alone."""
+    return _autocast_dtype(x) or x.dtype
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast has products in, which leaves fp64 alone; None without it."""
     device = x.device.type
-    is_mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if is_mixed else x.dtype
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 @functools.cache
@@ -250,8 +253,8 @@ _CAST = WeakTensorKeyDictionary()
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight in the dtype of products, cast once for each of its values.
 
-    A value is known by autograd's version counter, which an optimiser and `load_state_dict` move;
-    who writes to `.data` behind autograd's back does not.
+    A value is known by autograd's version counter, which an optimiser and `load_state_dict` move.
+    Who writes to numbers through `.data`, behind autograd's back, moves nothing: use `no_grad`.
     """
     if x.dtype == dtype:
         return x.detach()
@@ -275,7 +278,7 @@ def _norm_linear(
     inputs = (*stream, norm.weight, norm.bias, linear.weight, bias)
     arguments = (*inputs, *copies, norm.eps)
     output: tuple[Tensor, ...]
-    if needs_gradient(_NormLinear.op, *(x for x in inputs if x is not None)):
+    if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
         output = _NormLinear.call(*arguments)
     else:
         output = _NormLinear.forward(*arguments)
@@ -286,7 +289,7 @@ def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``x W^T``."""
     arguments = (x, weight, _cast(weight, dtype))
     result: Tensor
-    if needs_gradient(_Linear.op, x, weight):
+    if needs_gradient(_Part.op, x, weight):
         result = _Linear.call(*arguments)
     else:
         result = _Linear.forward(*arguments)
@@ -300,16 +303,29 @@ def _gelu_linear(
     inputs = (h, shift, weight, bias)
     arguments = (*inputs, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
     result: Tensor
-    if needs_gradient(_GELULinear.op, *(x for x in inputs if x is not None)):
+    if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
         result = _GELULinear.call(*arguments)
     else:
         result = _GELULinear.forward(*arguments)
     return result
 
 
-class _NormLinear(Differentiable):
-    op = "FusedBlock"
+class _Part(Differentiable):
+    """A part of the block, whose `gradients` are those of its inputs."""
 
+    op = "FusedBlock"
+    gradients: Any
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
+        # Once: what a checkpoint makes again it hands out once.
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            found = cls.gradients(ctx, saved, *grads)
+        return cls.last([x for x in (*grads, *saved) if x is not None], *found)
+
+
+class _NormLinear(_Part):
     @staticmethod
     def forward(
         r: Tensor,
@@ -338,12 +354,12 @@ class _NormLinear(Differentiable):
         ctx.save_for_backward(r_out, mean, rstd, gamma, beta, w)
 
     @staticmethod
-    def backward(
-        ctx: Any, dr_out: Tensor | None, dz: Tensor | None, *_: Any
+    def gradients(
+        ctx: Any, saved: Any, dr_out: Tensor | None, dz: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        *saved, w = ctx.saved_tensors
-        gamma, beta = saved[3:]
-        r_out, needs = saved[0], ctx.needs_input_grad
+        *statistics, w = saved
+        r_out, _, _, gamma, beta = statistics
+        needs = ctx.needs_input_grad
         branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
         if dz is None:
             dz = w.new_zeros((*r_out.shape[:-1], len(w)))
@@ -351,12 +367,11 @@ class _NormLinear(Differentiable):
         dr_out = None if dr_out is None else dr_out.contiguous()
         dy = (_rows(dz) @ w).view(r_out.shape)
         need_dr = any(needs[:3])
-        dr, y, sums = residual_norm_bwd(dy, dr_out, *saved, need_dr, needs[5], "auto")
+        dr, y, sums = residual_norm_bwd(dy, dr_out, *statistics, need_dr, needs[5], "auto")
         del dy
         # Parameters of a block have one dtype.
         dgamma, dbeta, *rest = sums.to(gamma.dtype).unbind()
-        of = (dz, r_out) if dr_out is None else (dz, r_out, dr_out)
-        gradients = (
+        return (
             dr if needs[0] else None,
             dr.to(branch_dtype) if needs[1] else None,
             rest[0].to(branch_bias_dtype) if needs[2] else None,
@@ -364,13 +379,11 @@ class _NormLinear(Differentiable):
             dbeta.to(beta.dtype) if needs[4] else None,
             _weight_gradient(dz, y, weight_dtype) if needs[5] else None,
             _rows(dz).sum(0, dtype=bias_dtype) if needs[6] else None,
+            *(None,) * 3,
         )
-        return *_NormLinear.last(of, *gradients), None, None, None
 
 
-class _Linear(Differentiable):
-    op = "FusedBlock"
-
+class _Linear(_Part):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
         return _product(x, w, None)
@@ -382,19 +395,17 @@ class _Linear(Differentiable):
         ctx.save_for_backward(x, w)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
+    def gradients(ctx: Any, saved: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = saved
         dz = dz.contiguous()
-        gradients = (
+        return (
             (_rows(dz) @ w).view(x.shape) if ctx.needs_input_grad[0] else None,
             _weight_gradient(dz, x, ctx.dtype) if ctx.needs_input_grad[1] else None,
+            None,
         )
-        return *_Linear.last((dz, x), *gradients), None
 
 
-class _GELULinear(Differentiable):
-    op = "FusedBlock"
-
+class _GELULinear(_Part):
     @staticmethod
     def forward(
         h: Tensor,
@@ -413,21 +424,21 @@ class _GELULinear(Differentiable):
         ctx.save_for_backward(h, shift, w)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        h, shift, w = ctx.saved_tensors
+    def gradients(ctx: Any, saved: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        h, shift, w = saved
         shift_dtype, weight_dtype, bias_dtype = ctx.dtypes
         needs = ctx.needs_input_grad
         dz = dz.contiguous()
         dg = (_rows(dz) @ w).view(h.shape)
         dh, g, dshift = gelu_bwd(h, shift, dg, needs[2], "auto")
         del dg
-        gradients = (
+        return (
             dh if needs[0] else None,
             dshift.to(shift_dtype) if needs[1] else None,
             _weight_gradient(dz, g, weight_dtype) if needs[2] else None,
             _rows(dz).sum(0, dtype=bias_dtype) if needs[3] else None,
+            *(None,) * 2,
         )
-        return *_GELULinear.last((dz, h), *gradients), None, None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def fuse(model: ModelT) -> ModelT:
 
     timm's plain `Block` becomes a `FusedBlock`, which fuses norms, biases and GELU as well: on a
     GPU, under autocast or in bfloat16 or float16. `why_not` says where a block does not, and why.
+    It keeps weights as autocast casts them until they change; a change through `.data` is not seen.
 
     Args:
         model: any model with timm's `Attention`, MAE-CT's `FlashAttentionWrapper` or torchvision's
@@ -96,7 +97,8 @@ def why_not(model: nn.Module, x: Tensor | None = None) -> list[str]:
             like = block.norm1.weight
             reason = obstacle(block, like.new_empty((1, 1, len(like))) if x is None else x)
         else:
-            reason = layout_obstacle(block) or "it is not fused"
+            is_fused = isinstance(block.attn, FusedAttention)
+            reason = (layout_obstacle(block) if is_fused else None) or "it is not fused"
         if reason is not None:
             lines.append(f"{name or 'the model itself'}: timm's forward: {reason}")
     return lines

@@ -102,6 +102,7 @@ class _GELU(Differentiable):
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         h, bias = ctx.saved_tensors
         # An upstream gradient may have any layout; mostly nothing is copied.
-        dh, _, dbias = gelu_bwd(h, bias, dg.contiguous(), False, ctx.backend)
+        with torch.no_grad():
+            dh, _, dbias = gelu_bwd(h, bias, dg.contiguous(), False, ctx.backend)
         gradients = (dh, None if bias is None else dbias.to(bias.dtype))
         return *_GELU.last((dg, h), *gradients), None

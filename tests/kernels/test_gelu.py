@@ -350,7 +350,7 @@ def test_triton_allocates_results_and_little_else(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_no_second_derivative_and_no_forward_mode(backend: Any) -> None:
     h = randn(2, 8).requires_grad_()
-    g = gelu(h, backend=backend)
+    g = gelu(h, torch.ones(8), backend=backend)
     upstream = torch.ones_like(g).requires_grad_()
     (dh,) = torch.autograd.grad(g, h, upstream, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
