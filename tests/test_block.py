@@ -443,3 +443,32 @@ def test_the_stream_may_be_bf16_under_autocast(alone: bool) -> None:
     assert streams == [FP32, BF16]
     assert found.dtype == FP32
     assert 0 < (found - exact).norm() < 0.02 * exact.norm()
+
+
+GPU_MODES: dict[str, tuple[torch.dtype, torch.dtype, bool]] = {
+    "half modules": (BF16, BF16, False),
+    "autocast, fp32 stream": (FP32, FP32, True),
+    "autocast, half stream": (FP32, BF16, True),
+}
+
+
+@pytest.mark.parametrize("mode", GPU_MODES)
+def test_equals_timms_block_in_bf16(
+    mode: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing has to be said to pay, and weights' gradients are fp32 sums unrounded."""
+    modules, tokens, is_mixed = GPU_MODES[mode]
+    chain: Any = nn.Sequential(make(), make()).to(cuda, modules)
+    x = torch.randn(B, 197, C, device=cuda).to(tokens)
+    twin = double(chain)
+    exact = run(twin, x.double(), twin.named_parameters())
+    with torch.autocast("cuda", BF16, enabled=is_mixed):
+        eager = run(chain, x, chain.named_parameters())
+        fuse(chain)
+        assert why_not(chain, x) == []
+        seen = advances(monkeypatch)
+        for model in (chain, lambda x: run_blocks(chain, Stream(x)).added()):
+            found = run(model, x, chain.named_parameters())
+            for name, value in found.items():
+                assert_within_budget(value, eager[name].to(value.dtype), exact[name], name=name)
+    assert seen == [False] * 2 + [True] * 2
