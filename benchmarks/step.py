@@ -2,8 +2,9 @@
 
 Timed is the engine's own update on a batch that lies on the device, and in stage 3 beside it, on a
 CPU in turn with it, the same update in stock PyTorch (`stock.py`); what making a batch costs is
-reported beside it. MFU, the model FLOPs utilisation, is the model's FLOPs per second over the matrix rate measured here: what an
-implementation leaves out counts for it, what it computes twice counts against it.
+reported beside it. MFU, the model FLOPs utilisation, is the model's FLOPs per second over the
+matrix rate measured here: what an implementation leaves out counts for it, what it computes twice
+counts against it.
 """
 
 import argparse

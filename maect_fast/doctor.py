@@ -7,17 +7,22 @@ import platform
 from collections.abc import Callable, Iterator
 
 import torch
+from timm.models.vision_transformer import Block
+from torch import nn
 
 from maect_fast import __version__
 from maect_fast.benchmarks.machine_code.cli import registered
 from maect_fast.benchmarks.machine_code.ptxas import drops_work, ptxas_in_use
 from maect_fast.benchmarks.results import cpu_name
+from maect_fast.fuse import fuse, why_not
 from maect_fast.kernels import (
     gather_patches,
+    gelu,
     info_nce,
     masked_attention,
     masked_patch_mse,
     queue_topk,
+    residual_norm,
     restore_tokens,
 )
 from maect_fast.kernels._common import cpp
@@ -62,6 +67,16 @@ CALLS: dict[str, Callable[[torch.device, Backend], object]] = {
         normalize=True,
         backend=backend,
     ),
+    "residual_norm": lambda device, backend: residual_norm(
+        torch.ones(4, 16, device=device),
+        torch.ones(4, 16, device=device),
+        weight=torch.ones(16, device=device),
+        bias=torch.ones(16, device=device),
+        backend=backend,
+    ),
+    "gelu": lambda device, backend: gelu(
+        torch.ones(4, 16, device=device), torch.ones(16, device=device), backend=backend
+    ),
 }
 BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "reference")
 
@@ -95,6 +110,17 @@ def report() -> Iterator[str]:
     for op, call in CALLS.items():
         for backend in BACKENDS:
             yield f"  {op:<17} {backend:<10} {_try(call, device, backend)}"
+    yield f"blocks of a fused timm ViT, on {device.type} under bf16 autocast"
+    yield f"  {_blocks(device)}"
+
+
+def _blocks(device: torch.device) -> str:
+    """What a plain block of timm's computes by."""
+    with torch.device(device):
+        block = nn.Sequential(Block(64, 1, qkv_bias=True))
+    with torch.autocast(device.type, torch.bfloat16):
+        reasons = why_not(fuse(block))
+    return reasons[0].removeprefix("0: ") if reasons else "fused norms, biases and GELU"
 
 
 def _try(

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from maect_fast.fuse import FusedAttention, FusedMultiheadAttention, fuse, unfuse
+from maect_fast.attention import FusedAttention, FusedMultiheadAttention
+from maect_fast.fuse import fuse, unfuse, why_not
 from maect_fast.kernels import (
     Pick,
     QueueState,
@@ -29,6 +30,7 @@ __all__ = [
     "NNCLROutput",
     "fuse",
     "unfuse",
+    "why_not",
 ]
 
 

@@ -1,10 +1,6 @@
 """Public function: GELU with its bias."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels._common.checks import FLOATING, check_rows, check_tensor, expect
@@ -39,27 +35,4 @@ def gelu(h: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto") ->
     check_tensor("h", h, h, FLOATING, (None,) * h.ndim)
     check_rows("h", h)
     check_tensor("bias", bias, h, FLOATING, h.shape[-1:])
-    inputs = [h] if bias is None else [h, bias]
-    result: Tensor
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        result = _GELU.apply(h, bias, backend)  # type: ignore[no-untyped-call]
-    else:
-        result = op.gelu(h, bias, backend)
-    return result
-
-
-class _GELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        ctx.save_for_backward(h, bias)
-        ctx.backend = backend
-        result: Tensor = op.gelu(h, bias, backend)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        h, bias = ctx.saved_tensors
-        # An upstream gradient may have any layout; mostly nothing is copied.
-        dh, _, dbias = op.gelu_backward(h, bias, dg.contiguous(), False, ctx.backend)
-        return dh, None if bias is None else dbias.to(bias.dtype), None
+    return op.gelu(h, bias, backend)

@@ -1,19 +1,23 @@
 """Registration of GELU with torch.library.
 
-Who runs is decided inside, by device and dtype, so that a compiled program decides it too. Neither
-op has a derivative of its own: `api.gelu` does, and whoever calls them says what is saved.
+Who runs is decided inside, by device and dtype, so that a compiled program decides it too.
 """
 
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maect_fast.kernels._common import gpu
-from maect_fast.kernels._common.library import operator
+from maect_fast.kernels._common.library import Differentiable, needs_gradient, operator
+from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.gelu import reference
 
-__all__ = ["gelu", "gelu_backward", "triton_obstacle"]
+__all__ = ["gelu", "gelu_bwd", "gelu_fwd", "triton_obstacle"]
+
+FORWARD, BACKWARD = Plans(), Plans()
 
 
 def triton_obstacle(h: Tensor, bias: Tensor | None) -> str | None:
@@ -24,7 +28,7 @@ def triton_obstacle(h: Tensor, bias: Tensor | None) -> str | None:
 def _is_triton(backend: str, h: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels run: "auto" takes them on CUDA wherever they can."""
     return backend == "triton" or (
-        backend == "auto" and h.is_cuda and triton_obstacle(h, bias) is None
+        backend == "auto" and gpu.is_gpu(h) and triton_obstacle(h, bias) is None
     )
 
 
@@ -39,13 +43,15 @@ def _forward_fake(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
 
 
 @operator("gelu_fwd", fake=_forward_fake)
-def gelu(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def gelu_fwd(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """G [..., D] contiguous: `reference.gelu`."""
-    if not _is_triton(backend, h, bias):
-        return reference.gelu(h, bias).contiguous()
-    with gpu.current(h):
-        result: Tensor = _triton().forward(h, bias)
-    return result
+    found = FORWARD.replay((h, bias), (backend,))
+    if found is None:
+        if not _is_triton(backend, h, bias):
+            return reference.gelu(h, bias).contiguous()
+        launcher = partial(_triton().forward, h, bias)
+        found = FORWARD.record(lambda: (launcher(),), (h, bias), (backend,))
+    return found[0]
 
 
 def _backward_fake(
@@ -57,13 +63,46 @@ def _backward_fake(
 
 
 @operator("gelu_bwd", fake=_backward_fake)
-def gelu_backward(
+def gelu_bwd(
     h: Tensor, bias: Tensor | None, dg: Tensor, need_g: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh, g, dbias: `reference.gelu_backward`, contiguous."""
-    if not _is_triton(backend, h, bias):
-        dh, g, dbias = reference.gelu_backward(h, bias, dg, need_g)
-        return dh.contiguous(), g.contiguous(), dbias
-    with gpu.current(h):
-        result: tuple[Tensor, Tensor, Tensor] = _triton().backward(h, bias, dg, need_g)
+    inputs, numbers = (h, bias, dg), (need_g, backend)
+    found = BACKWARD.replay(inputs, numbers)
+    if found is None:
+        if not _is_triton(backend, h, bias):
+            dh, g, dbias = reference.gelu_backward(*inputs, need_g)
+            return dh.contiguous(), g.contiguous(), dbias
+        found = BACKWARD.record(partial(_triton().backward, *inputs, need_g), inputs, numbers)
+    dh, g, part = found
+    return dh, g, part.sum(0)
+
+
+def gelu(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """The op with its gradients."""
+    inputs = (h,) if bias is None else (h, bias)
+    result: Tensor
+    if needs_gradient(_GELU.op, *inputs):
+        result = _GELU.call(h, bias, backend)
+    else:
+        result = gelu_fwd(h, bias, backend)
     return result
+
+
+class _GELU(Differentiable):
+    op = "gelu"
+    forward = staticmethod(gelu_fwd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        h, bias, ctx.backend = inputs
+        ctx.save_for_backward(h, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
+        h, bias = ctx.saved_tensors
+        # An upstream gradient may have any layout; mostly nothing is copied.
+        with torch.no_grad():
+            dh, _, dbias = gelu_bwd(h, bias, dg.contiguous(), False, ctx.backend)
+        gradients = (dh, None if bias is None else dbias.to(bias.dtype))
+        return *_GELU.last((dg, h), *gradients), None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common.gpu import num_multiprocessors
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.plan import launch
 
 __all__ = ["backward", "forward", "machine_code"]
 
@@ -207,14 +208,15 @@ def forward(h: Tensor, bias: Tensor | None, row: LaunchRow | None = None) -> Ten
     M, D = _size(h)
     programs = triton.cdiv(M, row.blocks["BLOCK_M"]) * triton.cdiv(D, row.blocks["BLOCK_D"])
     if programs > 0:
-        fwd_kernel[(programs,)](h, bias, g, M, _stride(h), **_options(h, bias), **row.options)
+        options = _options(h, bias) | row.options
+        launch(fwd_kernel, (programs,), h, bias, g, M, _stride(h), **options)
     return g
 
 
 def backward(
     h: Tensor, bias: Tensor | None, dg: Tensor, need_g: bool, row: LaunchRow | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.gelu_backward`."""
+    """`reference.gelu_backward`; the bias's in parts [.., D], to be added up."""
     row = row or BACKWARD[_is_half(h)]
     M, D = _size(h)
     dh, g = h.new_empty(h.shape), h.new_empty(h.shape if need_g else (0,))
@@ -226,8 +228,8 @@ def backward(
     if num_parts > 0:
         arguments = (h, bias, dg, dh, g, part, M, span, _stride(h), _stride(dg))
         options = _options(h, bias) | row.options
-        bwd_kernel[(num_parts * slices,)](*arguments, NEED_G=need_g, **options)
-    return dh, g, part.sum(0)
+        launch(bwd_kernel, (num_parts * slices,), *arguments, NEED_G=need_g, **options)
+    return dh, g, part
 
 
 def _is_half(h: Tensor) -> bool:

@@ -1,10 +1,7 @@
 """Public function: the residual sum with the layer norm that reads it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels._common.checks import FLOATING, check_rows, check_tensor, expect
@@ -64,55 +61,5 @@ def residual_norm(
     for name, column in columns:
         check_tensor(name, column, r, FLOATING, r.shape[-1:])
     expect(dtype in FLOATING, "dtype", "a float", dtype, TypeError)
-    given = [x for x in inputs if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        r_out, y = _ResidualNorm.apply(*inputs, eps, dtype, backend)  # type: ignore[no-untyped-call]
-    else:
-        r_out, y, _, _ = op.residual_norm(*inputs, eps, dtype, backend)
+    r_out, y = op.residual_norm(*inputs, eps, dtype, backend)
     return r if branch is None else r_out, y
-
-
-class _ResidualNorm(torch.autograd.Function):
-    """Without a branch the first result is empty, as r itself is the stream."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        r: Tensor,
-        branch: Tensor | None,
-        branch_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (r, branch, branch_bias, weight, bias)
-        r_out, y, mean, rstd = op.residual_norm(*inputs, eps, dtype, backend)
-        ctx.save_for_backward(r if branch is None else r_out, mean, rstd, weight, bias)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.backend = backend
-        return r_out, y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dr_out: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        need_dr = any(ctx.needs_input_grad[:3])
-        _, branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        # Upstream gradients may have any layout; mostly nothing is copied.
-        dr, _, (dweight, dbias, *rest) = op.residual_norm_backward(
-            dy.contiguous(),
-            None if branch_dtype is None else dr_out.contiguous(),
-            *ctx.saved_tensors,
-            need_dr,
-            False,
-            ctx.backend,
-        )
-        return (
-            dr if need_dr else None,
-            dr.to(branch_dtype) if need_dr and branch_dtype is not None else None,
-            rest[0].to(branch_bias_dtype) if rest and branch_bias_dtype is not None else None,
-            dweight.to(weight_dtype),
-            dbias.to(bias_dtype),
-            *[None] * 3,
-        )

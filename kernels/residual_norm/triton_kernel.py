@@ -9,6 +9,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common.gpu import num_multiprocessors
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.residual_norm.triton_device import bwd_kernel, fwd_kernel
 
 __all__ = ["backward", "forward", "launch_config", "machine_code"]
@@ -97,7 +98,9 @@ def forward(
     y = r.new_empty(r.shape, dtype=dtype)
     mean, rstd = (r.new_empty(r.shape[:-1], dtype=torch.float32) for _ in range(2))
     if M > 0:
-        fwd_kernel[(triton.cdiv(M, row.blocks["BLOCK_M"]),)](
+        launch(
+            fwd_kernel,
+            (triton.cdiv(M, row.blocks["BLOCK_M"]),),
             *(r, branch, branch_bias, weight, bias, out, y, mean, rstd, M, eps),
             *(_stride(r), _stride(branch)),
             D=D,
@@ -120,7 +123,7 @@ def backward(
     need_y: bool,
     row: LaunchRow | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.residual_norm_backward`."""
+    """`reference.residual_norm_backward`; sums in parts [.., 2 or 3, D], to be added up."""
     M, D = _size(r_out)
     row = row or launch_config(_backward_table(r_out.dtype), D)
     dr = r_out.new_empty(r_out.shape if need_dr else (0,))
@@ -131,7 +134,9 @@ def backward(
     num_parts = triton.cdiv(M, span) if M > 0 else 0
     part = dy.new_empty((num_parts, 3 if need_dr else 2, D), dtype=torch.float32)
     if num_parts > 0:
-        bwd_kernel[(num_parts,)](
+        launch(
+            bwd_kernel,
+            (num_parts,),
             *(dy, dr_out, r_out, mean, rstd, weight, bias, dr, y, part, M, span),
             *(_stride(dy), _stride(dr_out), _stride(r_out)),
             D=D,
@@ -140,7 +145,7 @@ def backward(
             NEED_Y=need_y,
             **row.options,
         )
-    return dr, y, part.sum(0)
+    return dr, y, part
 
 
 def _backward_table(stream: torch.dtype) -> Mapping[int, LaunchRow]:

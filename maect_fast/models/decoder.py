@@ -12,10 +12,18 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from maect_fast.block import Stream, normed, run_blocks
 from maect_fast.config import DecoderConfig
 from maect_fast.fuse import fuse
 from maect_fast.kernels import restore_tokens
-from maect_fast.models.encoder import NORM_EPS, Encoder, Masking, init_weights, sincos_pos_embed
+from maect_fast.models.encoder import (
+    NORM_EPS,
+    Encoder,
+    Masking,
+    init_weights,
+    sincos_pos_embed,
+    start_stream,
+)
 
 __all__ = ["Decoder"]
 
@@ -36,6 +44,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, encoder: Encoder) -> None:
         super().__init__()
         self.normalize_pixels = config.normalize_pixels
+        self.stream = encoder.config.stream
         dim, norm = config.embed_dim, cast("type[nn.Module]", partial(nn.LayerNorm, eps=NORM_EPS))
         if dim % config.num_heads:
             raise ValueError(
@@ -68,10 +77,12 @@ class Decoder(nn.Module):
         tokens = restore_tokens(
             self.embed(tokens), self.mask_token, self.pos_embed, masking.ids_restore
         )
-        tokens = self.blocks(tokens)
+        r, branch, bias = run_blocks(self.blocks, start_stream(tokens, self.stream))
         # The norm and the predictor work per token, so the kept ones can leave here.
-        removed = _gather_rows(tokens[:, 1:], masking.ids_removed)
-        return self.pred(self.norm(removed))  # type: ignore[no-any-return]
+        r = _gather_rows(r[:, 1:], masking.ids_removed)
+        if branch is not None:
+            branch = _gather_rows(branch[:, 1:], masking.ids_removed)
+        return self.pred(normed(self.norm, Stream(r, branch, bias)))  # type: ignore[no-any-return]
 
 
 def _gather_rows(tokens: Tensor, ids: Tensor) -> Tensor:

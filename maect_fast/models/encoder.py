@@ -19,9 +19,11 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from maect_fast.attention import FusedAttention
+from maect_fast.block import FusedBlock, Stream, normed, obstacle, run_blocks
 from maect_fast.config import EncoderConfig
-from maect_fast.fuse import FusedAttention, fuse
-from maect_fast.kernels import gather_patches, patch_view
+from maect_fast.fuse import fuse
+from maect_fast.kernels import gather_patches, patch_view, residual_norm
 from maect_fast.kernels._common.gpu import is_gpu
 from maect_fast.kernels._common.philox import philox_uniform
 from maect_fast.profiling import profile_range
@@ -36,6 +38,7 @@ __all__ = [
     "pooled_features",
     "random_masking",
     "sincos_pos_embed",
+    "start_stream",
 ]
 
 NORM_EPS = 1e-6
@@ -44,7 +47,7 @@ MASKING_STREAM = 1 << 32
 
 
 class Encoder(nn.Module):
-    """A plain pre-norm ViT with a class token and fixed sin-cos positions; its attention is fused.
+    """A plain pre-norm ViT with a class token and fixed sin-cos positions; its blocks are fused.
 
     State-dict names equal those of ml-jku/MAE-CT's files: `cls_token` [1, 1, D], `pos_embed` [1, L,
     D] (a buffer without a row for the class token), `patch_embed.proj.*`, `blocks.i.*`, `norm.*`.
@@ -133,17 +136,18 @@ class Encoder(nn.Module):
             `class_token_only` [B, 1, D], the same row. Autograd reaches down to the first layer
             that is not frozen.
         """
+        num_frozen = min(self.num_frozen, self.depth)
         if trunk is None:
-            trunk = self.trunk(images, ids_keep, class_token_only=class_token_only)
+            stream = self._frozen_stream(images, ids_keep, class_token_only)
+        else:
+            stream = Stream(trunk)
         trains = self.num_frozen <= self.depth
         with (
             profile_range("tuned blocks" if trains else "frozen blocks"),
             torch.set_grad_enabled(torch.is_grad_enabled() and trains),
         ):
-            tokens = self.embed(images, ids_keep) if trunk is None else trunk
-            for i in range(min(self.num_frozen, self.depth), self.depth):
-                tokens = self._run_block(i, tokens, class_token_only)
-            return self.norm(tokens)  # type: ignore[no-any-return]
+            blocks = list(self.blocks)[num_frozen:]
+            return normed(self.norm, self._run_blocks(blocks, stream, class_token_only))
 
     @torch.no_grad()
     def trunk(
@@ -155,11 +159,19 @@ class Encoder(nn.Module):
         """
         if self.num_frozen == 0:
             return None
-        with profile_range("frozen blocks"):
-            tokens = self.embed(images, ids_keep)
-            for i in range(min(self.num_frozen, self.depth)):
-                tokens = self._run_block(i, tokens, class_token_only)
-            return tokens
+        return self._frozen_stream(images, ids_keep, class_token_only).added()
+
+    def _frozen_stream(
+        self, images: Tensor, ids_keep: Tensor | None, class_token_only: bool
+    ) -> Stream:
+        """The stream behind the frozen blocks; where nothing is frozen, behind the embedding."""
+        with profile_range("frozen blocks" if self.num_frozen else "tuned blocks"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen == 0):
+                tokens = self.embed(images, ids_keep)
+            stream = start_stream(tokens, self.config.stream)
+            blocks = list(self.blocks)[: min(self.num_frozen, self.depth)]
+            with torch.no_grad():
+                return self._run_blocks(blocks, stream, class_token_only)
 
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Embed the patches, add their positions, prepend the class token, which has no position.
@@ -194,11 +206,13 @@ class Encoder(nn.Module):
         proj = self.patch_embed.proj
         return F.linear(patches, proj.weight.flatten(1), proj.bias)
 
-    def _run_block(self, i: int, tokens: Tensor, class_token_only: bool) -> Tensor:
-        """Block i, the last one for the class token alone where no more is asked for."""
-        if class_token_only and i == self.depth - 1:
-            return _first_token(self.blocks[i], tokens)
-        return self.blocks[i](tokens)  # type: ignore[no-any-return]
+    def _run_blocks(
+        self, blocks: list[nn.Module], stream: Stream, class_token_only: bool
+    ) -> Stream:
+        """Some blocks, the last one for the class token alone where no more is asked for."""
+        if not class_token_only or not blocks or blocks[-1] is not self.blocks[-1]:
+            return run_blocks(blocks, stream)
+        return Stream(_first_token(blocks[-1], run_blocks(blocks[:-1], stream)))
 
     def _frozen_modules(self) -> list[nn.Module]:
         """The modules that `freeze` turned off, lowest first."""
@@ -364,12 +378,26 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def _first_token(block: Any, tokens: Tensor) -> Tensor:
-    """Row 0 of `block(tokens)`, for a timm `Block`: [B, N, D] to [B, 1, D].
+def start_stream(tokens: Tensor, dtype: Literal["fp32", "bf16"]) -> Stream:
+    """The residual stream that the blocks add to, in bf16 only under autocast."""
+    if dtype == "bf16" and torch.is_autocast_enabled(tokens.device.type):
+        tokens = tokens.bfloat16()
+    return Stream(tokens)
+
+
+def _first_token(block: Any, stream: Stream) -> Tensor:
+    """Row 0 of the block's result, for a timm `Block`: [B, N, D] to [B, 1, D].
 
     Source: timm: models/vision_transformer.py, Block.forward.
     """
-    x, attn = block.norm1(tokens), block.attn
+    r, branch, bias = stream
+    attn, norm = block.attn, block.norm1
+    if branch is not None and isinstance(block, FusedBlock) and obstacle(block, r) is None:
+        columns = {"weight": norm.weight, "bias": norm.bias}
+        tokens, x = residual_norm(r, branch, bias, eps=norm.eps, **columns)
+    else:
+        tokens = stream.added()
+        x = norm(tokens)
     # Whoever took `fuse` back gets the same row from all of them.
     attended = attn.first_token(x) if isinstance(attn, FusedAttention) else attn(x)[:, :1]
     x = tokens[:, :1] + block.drop_path1(block.ls1(attended))

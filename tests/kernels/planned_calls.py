@@ -23,11 +23,13 @@ from maect_fast.kernels import (
     attention,
     enqueue,
     gather_patches,
+    gelu,
     info_nce,
     info_nce_stats,
     masked_attention,
     masked_patch_mse,
     queue_topk,
+    residual_norm,
     restore_tokens,
     symmetric_info_nce,
     with_shadow,
@@ -187,6 +189,31 @@ def more_cases() -> Iterator[tuple[str, Callable[[], Case]]]:
             [randn(2, 4, 768), randn(2, 3, 64, 64, dtype=torch.float32), ids(2, 4)],
         ),
     )
+
+    for stream in (torch.bfloat16, torch.float32):
+        yield f"norm of a sum, stream {stream}", partial(norm_case, stream)
+    yield (
+        "norm alone, no gradient",
+        lambda: (
+            lambda r, w, b: residual_norm(r, weight=w, bias=b, dtype=torch.bfloat16),
+            [randn(9, 384, dtype=torch.float32), *(randn(384) for _ in range(2))],
+        ),
+    )
+    yield "gelu", lambda: (partial(full, gelu), [randn(2, 50, 256), randn(256)])
+    yield "gelu, no bias", lambda: (partial(full, gelu), [randn(2, 50, 256)])
+
+
+def norm_case(stream: torch.dtype) -> Case:
+    def call(r: Tensor, branch: Tensor, *columns: Tensor) -> list[Tensor]:
+        bias, weight, shift = columns
+        leaves = [x.detach().requires_grad_() for x in (r, branch, bias, weight, shift)]
+        *inputs, weight, shift = leaves
+        out = residual_norm(*inputs, weight=weight, bias=shift)
+        upstream = [torch.ones_like(x) for x in out]
+        return [*(x.detach() for x in out), *torch.autograd.grad(out, leaves, upstream)]
+
+    columns = [randn(384, dtype=torch.float32) for _ in range(3)]
+    return call, [randn(2, 9, 384, dtype=stream), randn(2, 9, 384), *columns]
 
 
 def masked_case(dtype: torch.dtype) -> Case:

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from maect_fast.block import Stream
 from maect_fast.checkpoint import load_checkpoint
 from maect_fast.cli import main
 from maect_fast.config import ConfigError, Stage, load_config
@@ -184,13 +185,15 @@ def test_no_more_than_a_chunk_is_saved() -> None:
 def test_the_frozen_blocks_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     state = build("tune", torch.float32, "chunk_size=4")
     calls: list[tuple[int, int]] = []
-    run_block = Encoder._run_block
+    run_blocks = Encoder._run_blocks
 
-    def count(self: Encoder, i: int, tokens: Tensor, class_token_only: bool) -> Tensor:
-        calls.append((i, len(tokens)))
-        return run_block(self, i, tokens, class_token_only)
+    def count(
+        self: Encoder, blocks: list[nn.Module], stream: Stream, class_token_only: bool
+    ) -> Stream:
+        calls.extend((list(self.blocks).index(block), len(stream.r)) for block in blocks)
+        return run_blocks(self, blocks, stream, class_token_only)
 
-    monkeypatch.setattr(Encoder, "_run_block", count)
+    monkeypatch.setattr(Encoder, "_run_blocks", count)
     _update(state, state.model, next(batches(state, torch.float32)), init_world("cpu"))
     rows = [8, 8, 4]  # two views of 4, 4 and 2 images
     assert [n for i, n in calls if i == 0] == rows

@@ -1,0 +1,459 @@
+"""A transformer block on the `residual_norm`, `gelu` and `masked_attention` ops.
+
+M tokens of all samples, C features, S features of a linear layer's output. The residual stream is
+kept with what is still to be added to it, so that the add is made inside the norm behind it; biases
+are added, and their gradients summed, inside the ops beside the matrix products:
+
+    r, qkv = norm_linear(r, a, b_fc2 of the block before, norm1, qkv)
+    p = linear(masked_attention(qkv), proj)
+    r, h = norm_linear(r, p, b_proj, norm2, fc1)
+    a = gelu_linear(h, b_fc1, fc2)
+
+Saved for the backward are r twice, qkv, the attention's output and h: what norm and GELU gave is
+made again by the kernels of their backward.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from maect_fast.attention import FusedAttention
+from maect_fast.kernels import masked_attention, residual_norm
+from maect_fast.kernels._common.gpu import is_gpu
+from maect_fast.kernels._common.library import Differentiable, needs_gradient
+from maect_fast.kernels.gelu.op import gelu_bwd, gelu_fwd
+from maect_fast.kernels.residual_norm.op import (
+    MAX_FEATURES,
+    residual_norm_bwd,
+    residual_norm_fwd,
+)
+
+__all__ = ["FusedBlock", "Stream", "layout_obstacle", "normed", "obstacle", "run_blocks"]
+
+
+class Stream(NamedTuple):
+    """The residual stream ``r + branch + bias``, of which two are still to be added."""
+
+    r: Tensor
+    branch: Tensor | None = None
+    bias: Tensor | None = None
+
+    def added(self) -> Tensor:
+        """The sum, in the dtype of r."""
+        x = self.r
+        if self.branch is not None:
+            x = x + self.branch
+        if self.bias is not None:
+            x = (x + self.bias).to(x.dtype)
+        return x
+
+
+class FusedBlock(nn.Module):
+    """timm's plain pre-norm `Block` after `fuse`: the same modules, fewer passes over memory.
+
+    ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``. Where `obstacle` names one, and with a mask,
+    the block computes by timm's own forward.
+
+    Source: timm: models/vision_transformer.py, Block.
+    """
+
+    norm1: nn.LayerNorm
+    attn: Any
+    norm2: nn.LayerNorm
+    mlp: Any
+    _unfused: type[nn.Module]
+
+    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+        """Tokens [B, N, C] to the same, in the dtype of x.
+
+        Args:
+            x: tokens, the residual stream.
+            attn_mask: see `FusedAttention`.
+            is_causal: False.
+        """
+        if attn_mask is None and not is_causal and obstacle(self, x) is None:
+            return self.advance(Stream(x), keeps_bias=False).added()
+        return self._unfused.forward(self, x, attn_mask, is_causal)  # type: ignore[no-any-return]
+
+    def advance(self, stream: Stream, *, keeps_bias: bool) -> Stream:
+        """The stream behind this block; nothing but `obstacle` is checked.
+
+        Args:
+            stream: before it.
+            keeps_bias: the next norm is to add the last bias, or else the last product does.
+        """
+        dtype = _product_dtype(stream.r)
+        attn, mlp = self.attn, self.mlp
+        r, qkv = _norm_linear(stream, self.norm1, attn.qkv, attn.qkv.bias, dtype)
+        o = masked_attention(torch.unflatten(qkv, -1, (3, attn.num_heads, -1))).flatten(-2)
+        p = _linear(o, attn.proj.weight, dtype)
+        r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1, None, dtype)
+        bias = None if keeps_bias else mlp.fc2.bias
+        a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, dtype)
+        return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
+
+
+def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
+    """Blocks one after another; what one is to add is added inside the next.
+
+    A block that is no `FusedBlock`, that has an `obstacle` or hooks of its own, is called.
+    """
+    for block in blocks:
+        fused = block if isinstance(block, FusedBlock) and _is_bare(block) else None
+        if fused is not None and obstacle(fused, stream.r) is None:
+            stream = fused.advance(stream, keeps_bias=True)
+        else:
+            stream = Stream(block(stream.added()))
+    return stream
+
+
+def normed(norm: Any, stream: Stream) -> Tensor:
+    """The norm of the stream, in the dtype of r, under autocast in fp32."""
+    r, branch, bias = stream
+    dtype = r.dtype if _autocast_dtype(r) is None else torch.float32
+    if branch is None or not (_is_bare(norm) and _is_layer_norm(norm, r.shape[-1])):
+        plain: Tensor = norm(stream.added().to(dtype))
+        return plain
+    weight, shift, eps = norm.weight, norm.bias, norm.eps
+    return residual_norm(r, branch, bias, weight=weight, bias=shift, eps=eps, dtype=dtype)[1]
+
+
+def layout_obstacle(block: Any) -> str | None:
+    """Why a block's layers are not those that `FusedBlock` computes; None if they are."""
+    attn, mlp, types = block.attn, block.mlp, _timm_types()
+    if type(attn) is not FusedAttention:
+        return f"its attention is {type(attn).__qualname__}"
+    if any(attn._layer(name) is not None for name in ("q_norm", "k_norm", "norm", "gate")):
+        return "its attention is gated or normalised (qk-norm)"
+    if type(mlp) is not types["Mlp"] or type(mlp.norm) is not nn.Identity:
+        return f"its MLP is {type(mlp).__qualname__} or normalised"
+    if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
+        return f"its activation is not the exact GELU ({mlp.act})"
+    linears: tuple[Any, ...] = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            return f"a linear layer is {type(linear).__qualname__}"
+    C: int = linears[0].in_features
+    if not (_is_layer_norm(block.norm1, C) and _is_layer_norm(block.norm2, C)):
+        return f"its norms are not LayerNorms of {C} features with weight and bias"
+    if C > MAX_FEATURES or any(linears[i].out_features != C for i in (1, 3)):
+        return f"it is wider than {MAX_FEATURES} features, or its branches differ in width"
+    if type(block.ls1) is not nn.Identity or type(block.ls2) is not nn.Identity:
+        return "it has LayerScale"
+    idle = (nn.Identity, types["DropPath"])
+    if type(block.drop_path1) not in idle or type(block.drop_path2) not in idle:
+        return "its drop_path is neither timm's nor none"
+    return None
+
+
+def obstacle(block: Any, x: Tensor) -> str | None:
+    """Why a fused block computes tokens x [B, N, C] by timm's forward, here and now; None: no."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: it fuses the rest around our attention"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
+    if reason := _place_obstacle(x, _product_dtype(x)):
+        return reason
+    if reason := layout_obstacle(block):
+        return reason
+    attn, mlp = block.attn, block.mlp
+    if x.ndim != 3 or x.shape[-1] != attn.qkv.in_features or not x.is_contiguous():
+        return f"its tokens are not one contiguous [B, N, C], got {list(x.shape)} {x.stride()}"
+    for drop in (block.drop_path1, block.drop_path2):
+        if block.training and getattr(drop, "drop_prob", 0.0):
+            return "it drops its branch in training (drop_path)"
+    for drop in (attn.proj_drop, mlp.drop1, mlp.drop2):
+        if type(drop) is not nn.Identity and (type(drop) is not nn.Dropout or _drops(drop)):
+            return "it drops features in training (proj_drop)"
+    layers = [*block._modules.values()]
+    layers += [*attn._modules.values(), *mlp._modules.values()]
+    if not all(layer is None or _is_bare(layer) for layer in layers) or _has_global_hooks():
+        return "a layer inside has hooks or a forward of its own"
+    weights = [layer.weight for layer in (block.norm1, attn.qkv, attn.proj, block.norm2)]
+    weights += [mlp.fc1.weight, mlp.fc2.weight]
+    if any(weight.device != x.device for weight in weights):
+        return f"its parameters are not on {x.device}, as its tokens are"
+    if _autocast_dtype(x) is None and any(weight.dtype != x.dtype for weight in weights):
+        return f"its parameters are not {x.dtype}, as its tokens are, and there is no autocast"
+    return None
+
+
+def _place_obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Where it would not pay, or the ops have no kernels."""
+    if not is_gpu(x):
+        return f"its tokens are on {x.device.type}, where it would save nothing"
+    if dtype.itemsize != 2:
+        return f"its products are {dtype}: expected autocast, or modules in bfloat16 or float16"
+    return None
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return _autocast_dtype(x) or x.dtype
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast has products in, which leaves fp64 alone; None without it."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+@functools.cache
+def _timm_types() -> dict[str, type[nn.Module]]:
+    from timm.layers.drop import DropPath
+    from timm.layers.mlp import Mlp
+    from timm.layers.norm import LayerNorm
+
+    return {"DropPath": DropPath, "LayerNorm": LayerNorm, "Mlp": Mlp}
+
+
+def _is_layer_norm(norm: Any, C: int) -> bool:
+    if type(norm) not in (nn.LayerNorm, _timm_types()["LayerNorm"]):
+        return False
+    has_columns = norm.weight is not None and norm.bias is not None
+    return has_columns and norm.normalized_shape == (C,)
+
+
+def _drops(drop: nn.Dropout) -> bool:
+    return drop.training and drop.p > 0
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module is one of its class's forward, and nothing more."""
+    own = vars(module)
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+        or module_hooks._global_backward_hooks
+        or module_hooks._global_backward_pre_hooks
+    )
+
+
+# Weights in the dtype of products, by parameter and as of a version of it.
+_CAST = WeakTensorKeyDictionary()
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the dtype of products, cast once for each of its values.
+
+    A value is known by autograd's version counter, which an optimiser and `load_state_dict` move.
+    Who writes to numbers through `.data`, behind autograd's back, moves nothing: use `no_grad`.
+    """
+    if x.dtype == dtype:
+        return x.detach()
+    # What a graph is captured of is run again with other values; inference tensors have no version.
+    if x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return x.detach().to(dtype)
+    of = (x._version, x.data_ptr(), dtype)
+    known: tuple[Any, Tensor] | None = _CAST.get(x)  # type: ignore[no-untyped-call]
+    if known is None or known[0] != of:
+        with torch.inference_mode(False), torch.no_grad():
+            known = (of, x.detach().to(dtype))
+        _CAST[x] = known
+    return known[1]
+
+
+def _norm_linear(
+    stream: Stream, norm: nn.LayerNorm, linear: nn.Linear, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sum of the stream [.., C], and of its norm a linear layer [.., S] in `dtype`."""
+    copies = (_cast(linear.weight, dtype), None if bias is None else _cast(bias, dtype))
+    inputs = (*stream, norm.weight, norm.bias, linear.weight, bias)
+    arguments = (*inputs, *copies, norm.eps)
+    output: tuple[Tensor, ...]
+    if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
+        output = _NormLinear.call(*arguments)
+    else:
+        output = _NormLinear.forward(*arguments)
+    return output[0], output[1]
+
+
+def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x W^T``."""
+    arguments = (x, weight, _cast(weight, dtype))
+    result: Tensor
+    if needs_gradient(_Part.op, x, weight):
+        result = _Linear.call(*arguments)
+    else:
+        result = _Linear.forward(*arguments)
+    return result
+
+
+def _gelu_linear(
+    h: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``gelu(h + shift) W^T + bias``."""
+    inputs = (h, shift, weight, bias)
+    arguments = (*inputs, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
+    result: Tensor
+    if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
+        result = _GELULinear.call(*arguments)
+    else:
+        result = _GELULinear.forward(*arguments)
+    return result
+
+
+class _Part(Differentiable):
+    """A part of the block, whose `gradients` are those of its inputs."""
+
+    op = "FusedBlock"
+    gradients: Any
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
+        # Once: what a checkpoint makes again it hands out once.
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            found = cls.gradients(ctx, saved, *grads)
+        return cls.last([x for x in (*grads, *saved) if x is not None], *found)
+
+
+class _NormLinear(_Part):
+    @staticmethod
+    def forward(
+        r: Tensor,
+        branch: Tensor | None,
+        branch_bias: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        w: Tensor,
+        b: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        inputs = (r, branch, branch_bias, gamma, beta)
+        out, y, mean, rstd = residual_norm_fwd(*inputs, eps, w.dtype, "auto")
+        # Through here also without a branch, so that its gradient has one way, not two to add up.
+        return r.view_as(r) if branch is None else out, _product(y, w, b), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, branch, branch_bias, gamma, beta, weight, bias, w, _, _ = inputs
+        r_out, _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [None if x is None else x.dtype for x in (branch, branch_bias, weight, bias)]
+        ctx.save_for_backward(r_out, mean, rstd, gamma, beta, w)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, saved: Any, dr_out: Tensor | None, dz: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        *statistics, w = saved
+        r_out, _, _, gamma, beta = statistics
+        needs = ctx.needs_input_grad
+        branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        if dz is None:
+            dz = w.new_zeros((*r_out.shape[:-1], len(w)))
+        dz = dz.contiguous()
+        dr_out = None if dr_out is None else dr_out.contiguous()
+        dy = (_rows(dz) @ w).view(r_out.shape)
+        need_dr = any(needs[:3])
+        dr, y, sums = residual_norm_bwd(dy, dr_out, *statistics, need_dr, needs[5], "auto")
+        del dy
+        # Parameters of a block have one dtype.
+        dgamma, dbeta, *rest = sums.to(gamma.dtype).unbind()
+        return (
+            dr if needs[0] else None,
+            dr.to(branch_dtype) if needs[1] else None,
+            rest[0].to(branch_bias_dtype) if needs[2] else None,
+            dgamma if needs[3] else None,
+            dbeta.to(beta.dtype) if needs[4] else None,
+            _weight_gradient(dz, y, weight_dtype) if needs[5] else None,
+            _rows(dz).sum(0, dtype=bias_dtype) if needs[6] else None,
+            *(None,) * 3,
+        )
+
+
+class _Linear(_Part):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+        return _product(x, w, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, w = inputs
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(x, w)
+
+    @staticmethod
+    def gradients(ctx: Any, saved: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = saved
+        dz = dz.contiguous()
+        return (
+            (_rows(dz) @ w).view(x.shape) if ctx.needs_input_grad[0] else None,
+            _weight_gradient(dz, x, ctx.dtype) if ctx.needs_input_grad[1] else None,
+            None,
+        )
+
+
+class _GELULinear(_Part):
+    @staticmethod
+    def forward(
+        h: Tensor,
+        shift: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        w: Tensor,
+        b: Tensor | None,
+    ) -> Tensor:
+        return _product(gelu_fwd(h, shift, "auto"), w, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        h, shift, weight, bias, w, _ = inputs
+        ctx.dtypes = [None if x is None else x.dtype for x in (shift, weight, bias)]
+        ctx.save_for_backward(h, shift, w)
+
+    @staticmethod
+    def gradients(ctx: Any, saved: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        h, shift, w = saved
+        shift_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        needs = ctx.needs_input_grad
+        dz = dz.contiguous()
+        dg = (_rows(dz) @ w).view(h.shape)
+        dh, g, dshift = gelu_bwd(h, shift, dg, needs[2], "auto")
+        del dg
+        return (
+            dh if needs[0] else None,
+            dshift.to(shift_dtype) if needs[1] else None,
+            _weight_gradient(dz, g, weight_dtype) if needs[2] else None,
+            _rows(dz).sum(0, dtype=bias_dtype) if needs[3] else None,
+            *(None,) * 2,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1])
+
+
+def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    rows = _rows(x)
+    z = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
+    return z.view(*x.shape[:-1], len(w))
+
+
+def _weight_gradient(dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dz^T x``, from the product's fp32 sums unrounded where PyTorch can hand them out."""
+    dz, x = _rows(dz).t(), _rows(x)
+    if dtype == torch.float32 and x.itemsize == 2 and is_gpu(x):
+        return torch.mm(dz, x, out_dtype=dtype)
+    return torch.mm(dz, x).to(dtype)
