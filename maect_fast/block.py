@@ -125,28 +125,33 @@ def normed(norm: Any, stream: Stream) -> Tensor:
 
 def layout_obstacle(block: Any) -> str | None:
     """Why a block's layers are not those that `FusedBlock` computes; None if they are."""
-    attn, mlp, types = block.attn, block.mlp, _timm_types()
+    # By dictionary: Module's own look-up makes this, and so every call, twice as long.
+    layers: dict[str, Any] = block._modules
+    types = _timm_types()
+    attn, mlp = layers["attn"], layers["mlp"]
     if type(attn) is not FusedAttention:
         return f"its attention is {type(attn).__qualname__}"
-    if any(attn._layer(name) is not None for name in ("q_norm", "k_norm", "norm", "gate")):
-        return "its attention is gated or normalised (qk-norm)"
-    if type(mlp) is not types["Mlp"] or type(mlp.norm) is not nn.Identity:
+    in_attn, in_mlp = attn._modules, mlp._modules
+    for name in ("q_norm", "k_norm", "norm", "gate"):
+        if type(in_attn.get(name)) not in (nn.Identity, type(None)):
+            return "its attention is gated or normalised (qk-norm)"
+    if type(mlp) is not types["Mlp"] or type(in_mlp["norm"]) is not nn.Identity:
         return f"its MLP is {type(mlp).__qualname__} or normalised"
-    if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
-        return f"its activation is not the exact GELU ({mlp.act})"
-    linears: tuple[Any, ...] = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+    if type(in_mlp["act"]) is not nn.GELU or in_mlp["act"].approximate != "none":
+        return f"its activation is not the exact GELU ({in_mlp['act']})"
+    linears: tuple[Any, ...] = (in_attn["qkv"], in_attn["proj"], in_mlp["fc1"], in_mlp["fc2"])
     for linear in linears:
         if type(linear) is not nn.Linear:
             return f"a linear layer is {type(linear).__qualname__}"
     C: int = linears[0].in_features
-    if not (_is_layer_norm(block.norm1, C) and _is_layer_norm(block.norm2, C)):
+    if not (_is_layer_norm(layers["norm1"], C) and _is_layer_norm(layers["norm2"], C)):
         return f"its norms are not LayerNorms of {C} features with weight and bias"
     if C > MAX_FEATURES or any(linears[i].out_features != C for i in (1, 3)):
         return f"it is wider than {MAX_FEATURES} features, or its branches differ in width"
-    if type(block.ls1) is not nn.Identity or type(block.ls2) is not nn.Identity:
+    if type(layers["ls1"]) is not nn.Identity or type(layers["ls2"]) is not nn.Identity:
         return "it has LayerScale"
     idle = (nn.Identity, types["DropPath"])
-    if type(block.drop_path1) not in idle or type(block.drop_path2) not in idle:
+    if type(layers["drop_path1"]) not in idle or type(layers["drop_path2"]) not in idle:
         return "its drop_path is neither timm's nor none"
     return None
 
@@ -161,21 +166,21 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         return reason
     if reason := layout_obstacle(block):
         return reason
-    attn, mlp = block.attn, block.mlp
-    if x.ndim != 3 or x.shape[-1] != attn.qkv.in_features or not x.is_contiguous():
+    layers = block._modules
+    in_attn, in_mlp = layers["attn"]._modules, layers["mlp"]._modules
+    linears: tuple[Any, ...] = (in_attn["qkv"], in_attn["proj"], in_mlp["fc1"], in_mlp["fc2"])
+    if x.ndim != 3 or x.shape[-1] != linears[0].in_features or not x.is_contiguous():
         return f"its tokens are not one contiguous [B, N, C], got {list(x.shape)} {x.stride()}"
-    for drop in (block.drop_path1, block.drop_path2):
-        if block.training and getattr(drop, "drop_prob", 0.0):
+    for drop in (layers["drop_path1"], layers["drop_path2"]):
+        if type(drop) is not nn.Identity and drop.training and drop.drop_prob:
             return "it drops its branch in training (drop_path)"
-    for drop in (attn.proj_drop, mlp.drop1, mlp.drop2):
+    for drop in (in_attn.get("proj_drop"), in_mlp["drop1"], in_mlp["drop2"]):
         if type(drop) is not nn.Identity and (type(drop) is not nn.Dropout or _drops(drop)):
             return "it drops features in training (proj_drop)"
-    layers = [*block._modules.values()]
-    layers += [*attn._modules.values(), *mlp._modules.values()]
-    if not all(layer is None or _is_bare(layer) for layer in layers) or _has_global_hooks():
+    inside = (*layers.values(), *in_attn.values(), *in_mlp.values())
+    if not all(layer is None or _is_bare(layer) for layer in inside) or _has_global_hooks():
         return "a layer inside has hooks or a forward of its own"
-    weights = [layer.weight for layer in (block.norm1, attn.qkv, attn.proj, block.norm2)]
-    weights += [mlp.fc1.weight, mlp.fc2.weight]
+    weights = [layer.weight for layer in (layers["norm1"], layers["norm2"], *linears)]
     if any(weight.device != x.device for weight in weights):
         return f"its parameters are not on {x.device}, as its tokens are"
     if _autocast_dtype(x) is None and any(weight.dtype != x.dtype for weight in weights):
