@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -264,7 +265,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x.detach()
     # What a graph is captured of is run again with other values; inference tensors have no version.
-    if x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    # Fake ones have neither value nor, without a driver, a stream.
+    is_fake = isinstance(x, FakeTensor)
+    if is_fake or x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return x.detach().to(dtype)
     of = (x._version, x.data_ptr(), dtype)
     known: tuple[Any, Tensor] | None = _CAST.get(x)  # type: ignore[no-untyped-call]

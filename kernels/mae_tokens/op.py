@@ -258,9 +258,10 @@ class _MaskedPatchMSE(Differentiable):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
-        options = (ctx.patch_size, ctx.normalize, ctx.backend)
-        result = mse_gradient(grad, *ctx.saved_tensors, *options)
-        return *_MaskedPatchMSE.last((grad, ctx.saved_tensors[0]), result), *[None] * 5
+        # Read once: activation checkpointing makes them anew for each reading.
+        saved = ctx.saved_tensors
+        result = mse_gradient(grad, *saved, ctx.patch_size, ctx.normalize, ctx.backend)
+        return *_MaskedPatchMSE.last((grad, saved[0]), result), *[None] * 5
 
 
 def _differentiate(

@@ -140,7 +140,7 @@ def test_contrastive_runs_the_last_block_for_the_class_token(frozen: int | None)
     result = update()
     assert rows == [1, 5]
     run = model.encoder._run_blocks
-    model.encoder._run_blocks = lambda blocks, stream, _: run(blocks, stream, False)  # type: ignore[method-assign]
+    model.encoder._run_blocks = lambda blocks, stream, _: run(blocks, stream, False)  # type: ignore[assignment, method-assign]
     torch.testing.assert_close(result, update(), rtol=1e-9, atol=1e-12)
     assert rows == [1, 5, 17, 5]
 
