@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from maect_fast.errors import UserError
+
 __all__ = [
     "CheckpointError",
     "load_checkpoint",
@@ -23,7 +25,7 @@ __all__ = [
 FORMAT = 1
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, unreadable or does not fit; the message says which and why."""
 
 

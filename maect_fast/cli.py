@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from maect_fast import __version__
 from maect_fast.config import ConfigError, Stage, load_config, load_recipe
+from maect_fast.errors import explain
 
 __all__ = ["main"]
 
@@ -23,6 +25,8 @@ key=value changes a setting of the recipe (epochs=10 optim.encoder_lr=5e-5 data.
 The same command on an existing run directory continues the run.
 """
 
+REPORT = "these lines, the command and what `maect-fast doctor` prints"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that the user can mend are one line on stderr and exit code 2."""
@@ -37,34 +41,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [word for word in words if word.startswith("-") or "=" not in word]
     if unknown or (words and options.command in ("demo", "doctor")):
         parser.error(f"{options.command} does not know: {' '.join(unknown or words)}")
-
-    # After the parsing, because torch takes seconds to import and --help does not need it.
-    from maect_fast.checkpoint import CheckpointError
-    from maect_fast.data import DataError
-    from maect_fast.training.distributed import close_world
-    from maect_fast.training.engine import TrainingError
-
     try:
         code: int = options.run(options)
-    except (ConfigError, CheckpointError, DataError, TrainingError) as error:
-        print(f"maect-fast {options.command}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"maect-fast {options.command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            error.add_note(f"a fault of maect-fast: please report it with {REPORT}")
+        if line is None or options.debug:
+            raise
+        print(f"maect-fast {options.command}: {line}", file=sys.stderr)
+        return 2
     finally:
-        close_world()
+        # Not imported before the parsing: torch takes seconds, and --help does not need it.
+        if "torch" in sys.modules:
+            from maect_fast.training.distributed import close_world
+
+            close_world()
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="maect-fast",
         description="Contrastive tuning of masked autoencoders (MAE-CT, arXiv 2304.10520).",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"maect-fast {__version__}")
+    parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="all three stages on real digits, about three minutes")
@@ -125,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate", help="k-NN, linear probe, low-shot and clustering of runs, with a report"
     )
-    evaluate.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    evaluate.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="default: report/ in the last run directory"
     )
@@ -134,9 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         metavar="M",
-        choices=("knn", "linear_probe", "low_shot", "clustering"),
-        default=("knn", "linear_probe", "low_shot", "clustering"),
-        help="some of: %(choices)s; default: all",
+        default=(),
+        help="some of: knn, linear_probe, low_shot, clustering; default: all",
     )
     evaluate.set_defaults(run=_evaluate)
 
@@ -146,9 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--split", choices=("train", "test"), default="train")
     extract.set_defaults(run=_extract)
 
-    # Listed here for --help; its own command line is in benchmarks/cli.py.
-    commands.add_parser("bench", help="time every op beside its peers and the device's floor")
-
     doctor = commands.add_parser("doctor", help="versions, devices, and which backends work")
     doctor.add_argument(
         "--check",
@@ -156,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also run every op against its definition in fp64; exit code 1 if one is wrong",
     )
     doctor.set_defaults(run=_doctor)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error, not only its line"
+        )
+    # Listed here for --help; its own command line is in benchmarks/cli.py.
+    commands.add_parser("bench", help="time every op beside its peers and the device's floor")
     return parser
 
 
@@ -185,7 +202,11 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"--init: {stage} starts from the stage before (or give --from-scratch for a control)"
         )
+    if options.init is not None and stage != "pretrain" and options.from_scratch:
+        raise ConfigError("--from-scratch: expected without --init, whose weights it would not use")
     decoder = options.decoder if stage == "tune" else None
+    if decoder is not None and config.reconstruction_weight == 0:
+        raise ConfigError("--decoder: expected with reconstruction_weight above 0, which uses it")
     if run_stage(config, options.out, init=options.init, decoder=decoder):
         return 0
     print(f"stopped and saved; the same command continues {options.out}", file=sys.stderr)
@@ -205,16 +226,21 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from maect_fast.evaluation import METHODS
     from maect_fast.evaluation.compare import compare_runs
 
-    # argparse hands `RUN key=value` to the list of runs as it stands.
-    words = [str(run) for run in options.runs]
+    # argparse hands `RUN key=value` and `--methods knn key=value` to their lists as they stand.
+    words = [*options.runs, *options.methods]
     overrides = [word for word in words if "=" in word] + options.overrides
-    runs = [Path(word) for word in words if "=" not in word]
+    runs = [Path(word) for word in options.runs if "=" not in word]
+    methods = [word for word in options.methods if "=" not in word] or METHODS
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(f"--methods: expected some of {', '.join(METHODS)}, got {method}")
     if not runs:
         raise ConfigError("RUN: expected at least one run directory")
     out = options.out or runs[-1] / "report"
-    print(compare_runs(runs, out, methods=options.methods, seed=options.seed, overrides=overrides))
+    print(compare_runs(runs, out, methods=methods, seed=options.seed, overrides=overrides))
     return 0
 
 

@@ -35,6 +35,7 @@ from maect_fast.data.augment import (
 )
 from maect_fast.data.feed import Feed
 from maect_fast.data.sources import Source, TensorSource
+from maect_fast.errors import UserError
 from maect_fast.kernels._common.philox import MASK32, philox4x32
 
 __all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches"]
@@ -47,7 +48,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 1.0
 
 
-class DataError(RuntimeError):
+class DataError(UserError, RuntimeError):
     """More images cannot be read than `data.max_broken` allows; the message names them."""
 
 

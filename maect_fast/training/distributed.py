@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from maect_fast.config import ConfigError
 from maect_fast.kernels._common.collectives import all_gather_rows, all_reduce_sum
 
 __all__ = [
@@ -51,6 +52,8 @@ def resolve_device(device: str) -> torch.device:
     """The device that "auto", "cpu" or "cuda" means here: auto is CUDA where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: expected cpu or auto where torch finds no GPU, got cuda")
     return torch.device(device)
 
 

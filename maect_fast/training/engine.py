@@ -29,6 +29,7 @@ from maect_fast.checkpoint import (
 )
 from maect_fast.config import Config, ConfigError, load_config, profile_window, save_config
 from maect_fast.data import Batch, Loader, build_source
+from maect_fast.errors import UserError
 from maect_fast.profiling import Profile, profile_range
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.log import RunLog
@@ -60,7 +61,7 @@ MAY_CHANGE = {
 }
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """The run cannot go on; the message says why and from where it can be continued."""
 
 
