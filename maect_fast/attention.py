@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maect_fast.kernels import attention, masked_attention
+from maect_fast.kernels._common.checks import check_int
 
 __all__ = ["FusedAttention", "FusedMultiheadAttention"]
 
@@ -192,6 +193,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, *, bias: bool = True) -> None:
+        check_int("num_heads", num_heads, 1)
+        check_int("embed_dim", embed_dim, 1)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim: expected a multiple of {num_heads}, got {embed_dim}")
         super().__init__(embed_dim, num_heads, bias=bias, batch_first=True)
 
     def forward(

@@ -19,6 +19,7 @@ from maect_fast.kernels import (
     queue_topk,
     with_shadow,
 )
+from maect_fast.kernels._common.checks import check_int, check_number
 from maect_fast.kernels._common.collectives import all_gather_rows, group_rank
 from maect_fast.profiling import profile_range
 
@@ -65,6 +66,10 @@ class FeatureQueue(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_int("size", size, 1)
+        check_int("dim", dim, 1)
+        if shadow not in (torch.float16, torch.int8):
+            raise ValueError(f"shadow: expected torch.float16 or torch.int8, got {shadow}")
         rows = torch.randn(size, dim, generator=generator)
         self.register_buffer("queue", nn.functional.normalize(rows, dim=-1))
         self.register_buffer("queue_y", torch.full((size,), -1))
@@ -173,8 +178,11 @@ class NNCLRLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= topk <= queue_size:
-            raise ValueError(f"topk: expected 1 .. {queue_size} (queue_size), got {topk}")
+        check_int("queue_size", queue_size, 1)
+        check_int("dim", dim, 1)
+        check_int("topk", topk, 1, queue_size)
+        check_number("temperature", temperature, 0.0)
+        check_int("seed", seed, 0)
         self.topk = topk
         self.temperature = temperature
         self.transposed = transposed

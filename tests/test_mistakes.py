@@ -192,6 +192,7 @@ def rows(table: str) -> list[tuple[str, str]]:
 def told(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     """The line that a command answers a mistake with."""
     capsys.readouterr()
+    code: object
     try:
         code = main(words)
     except SystemExit as exit_:  # argparse's own way

@@ -224,7 +224,7 @@ def test_draws_depend_on_seed_and_step_and_nothing_else() -> None:
 
 
 def test_topk_beyond_the_queue_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"topk: expected 1 \.\. 40 \(queue_size\), got 41"):
+    with pytest.raises(ValueError, match=r"topk: expected 1 \.\. 40, got 41"):
         make_loss(topk=41)
 
 

@@ -46,8 +46,16 @@ class PendingRows:
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
-    """Number of this rank in the group, 0 without one."""
-    return 0 if group is None else dist.get_rank(group)
+    """Number of this rank in the group, 0 without one.
+
+    Raises:
+        TypeError: it is no group.
+    """
+    if group is None:
+        return 0
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a process group or None, got {type(group).__name__}")
+    return dist.get_rank(group)
 
 
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

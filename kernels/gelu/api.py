@@ -3,7 +3,13 @@
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import FLOATING, check_rows, check_tensor, expect
+from maect_fast.kernels._common.checks import (
+    FLOATING,
+    check_rows,
+    check_tensor,
+    check_tensors,
+    expect,
+)
 from maect_fast.kernels.gelu import op
 
 __all__ = ["gelu"]
@@ -30,6 +36,7 @@ def gelu(h: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto") ->
 
     Source: arXiv 1606.08415; torch.nn.functional.gelu.
     """
+    check_tensors(h=h)
     check_backend("gelu", backend, triton=lambda: op.triton_obstacle(h, bias))
     expect(h.ndim > 0, "h", "at least one dimension", h.ndim)
     check_tensor("h", h, h, FLOATING, (None,) * h.ndim)

@@ -1,11 +1,13 @@
 """Public functions: the NNCLR InfoNCE loss, alone and with its health."""
 
+from typing import cast
+
 import torch.distributed as dist
 from torch import Tensor
 
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_temperature, expect
+from maect_fast.kernels._common.checks import check_bool, check_temperature, check_tensors, expect
 from maect_fast.kernels._common.collectives import PendingRows, group_rank
 from maect_fast.kernels.info_nce import op
 from maect_fast.kernels.info_nce.gather import columns_of
@@ -87,11 +89,14 @@ def _loss(
     backend: Backend,
 ) -> op.Result:
     """Check, gather, call."""
-    shape, local = list(predicted.shape), neighbour
+    check_tensors(predicted=predicted)
+    shape, local = list(predicted.shape), cast("Tensor", neighbour)
     if isinstance(neighbour, PendingRows):
         views = neighbour.local.transpose(0, 1)
         local = views if len(shape) == 3 else views[0]
-    assert isinstance(local, Tensor)
+    check_tensors(neighbour=local)
+    check_bool("transposed", transposed)
+    rank = group_rank(group)
     check_backend(
         "info_nce",
         backend,
@@ -108,7 +113,7 @@ def _loss(
         predicted if len(shape) == 3 else predicted[None],
         columns_of(neighbour, group=group, dtype=predicted.dtype),
         check_temperature(temperature, learnable=False),
-        first=group_rank(group) * shape[-2],
+        first=rank * shape[-2],
         transposed=transposed,
         # Each row a shift of its own.
         online=with_max or isinstance(temperature, Tensor) or temperature < FIXED_SHIFT_FROM,

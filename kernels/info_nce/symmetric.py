@@ -6,7 +6,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_temperature, expect
+from maect_fast.kernels._common.checks import check_bool, check_temperature, check_tensors, expect
 from maect_fast.kernels._common.collectives import check_equal_rows, group_rank
 from maect_fast.kernels.info_nce import op
 
@@ -50,6 +50,9 @@ def symmetric_info_nce(
 
     Source: arXiv 2103.00020 figure 3 (CLIP); arXiv 2002.05709 section 2.1 (NT-Xent).
     """
+    check_tensors(first=first, second=second)
+    check_bool("same_view", same_view)
+    rank = group_rank(group)
     check_backend(
         "symmetric_info_nce",
         backend,
@@ -69,7 +72,7 @@ def symmetric_info_nce(
         torch.stack((first, second)),
         divisor,
         same_view=same_view,
-        first=group_rank(group) * len(first),
+        first=rank * len(first),
         group=group,
         backend=backend,
     )

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import FLOATING, check_rows, check_tensor, expect
+from maect_fast.kernels._common.checks import (
+    FLOATING,
+    check_number,
+    check_rows,
+    check_tensor,
+    check_tensors,
+    expect,
+)
 from maect_fast.kernels.residual_norm import op
 
 __all__ = ["residual_norm"]
@@ -46,6 +53,8 @@ def residual_norm(
 
     Source: arXiv 1607.06450; timm: models/vision_transformer.py, Block.
     """
+    check_tensors(r=r, weight=weight, bias=bias)
+    check_number("eps", eps, 0.0)
     if dtype is None:
         dtype = r.dtype if branch is None else branch.dtype
     inputs = (r, branch, branch_bias, weight, bias)
