@@ -92,8 +92,10 @@ def check_equal_rows(name: str, x: Tensor, group: dist.ProcessGroup | None) -> N
         group: the ranks; None: one process, nothing to compare.
 
     Raises:
+        TypeError: it is no group.
         ValueError: ranks with different numbers.
     """
+    group_rank(group)  # refuses what is no group
     if group is None or (x.is_cuda and group in _CHECKED):
         return
     sizes = all_gather_rows(torch.tensor([x.shape[0]], device=x.device), group).tolist()

@@ -1,6 +1,6 @@
 """Public functions: the NNCLR InfoNCE loss, alone and with its health."""
 
-from typing import cast
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -81,7 +81,7 @@ def info_nce_stats(
 
 def _loss(
     predicted: Tensor,
-    neighbour: Tensor | PendingRows,
+    neighbour: Any,
     temperature: float | Tensor,
     group: dist.ProcessGroup | None,
     transposed: bool,
@@ -90,13 +90,12 @@ def _loss(
 ) -> op.Result:
     """Check, gather, call."""
     check_tensors(predicted=predicted)
-    shape, local = list(predicted.shape), cast("Tensor", neighbour)
+    shape, local = list(predicted.shape), neighbour
     if isinstance(neighbour, PendingRows):
         views = neighbour.local.transpose(0, 1)
         local = views if len(shape) == 3 else views[0]
     check_tensors(neighbour=local)
     check_bool("transposed", transposed)
-    rank = group_rank(group)
     check_backend(
         "info_nce",
         backend,
@@ -113,7 +112,7 @@ def _loss(
         predicted if len(shape) == 3 else predicted[None],
         columns_of(neighbour, group=group, dtype=predicted.dtype),
         check_temperature(temperature, learnable=False),
-        first=rank * shape[-2],
+        first=group_rank(group) * shape[-2],
         transposed=transposed,
         # Each row a shift of its own.
         online=with_max or isinstance(temperature, Tensor) or temperature < FIXED_SHIFT_FROM,

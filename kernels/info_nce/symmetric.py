@@ -52,7 +52,6 @@ def symmetric_info_nce(
     """
     check_tensors(first=first, second=second)
     check_bool("same_view", same_view)
-    rank = group_rank(group)
     check_backend(
         "symmetric_info_nce",
         backend,
@@ -72,7 +71,7 @@ def symmetric_info_nce(
         torch.stack((first, second)),
         divisor,
         same_view=same_view,
-        first=rank * len(first),
+        first=group_rank(group) * len(first),
         group=group,
         backend=backend,
     )
