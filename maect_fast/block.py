@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from maect_fast.attention import FusedAttention
+from maect_fast.attention import FusedAttention, is_bare
 from maect_fast.kernels import masked_attention, residual_norm
 from maect_fast.kernels._common.gpu import is_gpu
 from maect_fast.kernels._common.library import Differentiable, needs_gradient
@@ -105,7 +105,7 @@ def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
     A block that is no `FusedBlock`, that has an `obstacle` or hooks of its own, is called.
     """
     for block in blocks:
-        fused = block if isinstance(block, FusedBlock) and _is_bare(block) else None
+        fused = block if isinstance(block, FusedBlock) and is_bare(block) else None
         if fused is not None and obstacle(fused, stream.r) is None:
             stream = fused.advance(stream, keeps_bias=True)
         else:
@@ -117,7 +117,7 @@ def normed(norm: Any, stream: Stream) -> Tensor:
     """The norm of the stream, in the dtype of r, under autocast in fp32."""
     r, branch, bias = stream
     dtype = r.dtype if _autocast_dtype(r) is None else torch.float32
-    if branch is None or not (_is_bare(norm) and _is_layer_norm(norm, r.shape[-1])):
+    if branch is None or not (is_bare(norm) and _is_layer_norm(norm, r.shape[-1])):
         plain: Tensor = norm(stream.added().to(dtype))
         return plain
     weight, shift, eps = norm.weight, norm.bias, norm.eps
@@ -179,7 +179,7 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         if type(drop) is not nn.Identity and (type(drop) is not nn.Dropout or _drops(drop)):
             return "it drops features in training (proj_drop)"
     inside = (*layers.values(), *in_attn.values(), *in_mlp.values())
-    if not all(layer is None or _is_bare(layer) for layer in inside) or _has_global_hooks():
+    if not all(layer is None or is_bare(layer) for layer in inside) or _has_global_hooks():
         return "a layer inside has hooks or a forward of its own"
     weights = [layer.weight for layer in (layers["norm1"], layers["norm2"], *linears)]
     if any(weight.device != x.device for weight in weights):
@@ -228,19 +228,6 @@ def _is_layer_norm(norm: Any, C: int) -> bool:
 
 def _drops(drop: nn.Dropout) -> bool:
     return drop.training and drop.p > 0
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module is one of its class's forward, and nothing more."""
-    own = vars(module)
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
-    )
 
 
 def _has_global_hooks() -> bool:

@@ -19,7 +19,7 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from maect_fast.attention import FusedAttention
+from maect_fast.attention import FusedAttention, is_bare
 from maect_fast.block import FusedBlock, Stream, normed, obstacle, run_blocks
 from maect_fast.config import EncoderConfig
 from maect_fast.fuse import fuse
@@ -212,6 +212,8 @@ class Encoder(nn.Module):
         """Some blocks, the last one for the class token alone where no more is asked for."""
         if not class_token_only or not blocks or blocks[-1] is not self.blocks[-1]:
             return run_blocks(blocks, stream)
+        if not _can_skip_tokens(blocks[-1]):
+            return Stream(run_blocks(blocks, stream).added()[:, :1])
         return Stream(_first_token(blocks[-1], run_blocks(blocks[:-1], stream)))
 
     def _frozen_modules(self) -> list[nn.Module]:
@@ -230,18 +232,17 @@ def _is_plain_patch_embed(module: nn.Module) -> bool:
         geometry == (proj.kernel_size, (0, 0), (1, 1), 1)
         and module.flatten
         and isinstance(module.norm, nn.Identity)
-        and not any(_is_changed(part) for part in (module, proj, module.norm))
+        and all(is_bare(part) for part in (module, proj, module.norm))
     )
 
 
-def _is_changed(module: nn.Module) -> bool:
-    """Whether calling it runs more than, or something else than, its class's `forward`."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return (
-        "forward" in vars(module)
-        or module._compiled_call_impl is not None
-        or any(getattr(module, name) for name in hooks)
-    )
+def _can_skip_tokens(block: nn.Module) -> bool:
+    """Whether the block computes timm's `Block`, and nobody watches or changes what it skips."""
+    if type(block) not in (Block, FusedBlock) or not is_bare(block):
+        return False
+    attn = block.attn
+    # Any other attention is called as a module, whole.
+    return not isinstance(attn, FusedAttention) or (is_bare(attn) and attn.has_first_token)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
