@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maect_fast.benchmarks.floors import matrix_rate
 from maect_fast.benchmarks.results import OURS, append_rows, device_folder, environment_columns
 from maect_fast.benchmarks.table import number
+from maect_fast.errors import Parser
 
 if TYPE_CHECKING:
     from maect_fast.config import Config
@@ -470,7 +471,7 @@ def _release(device: torch.device) -> None:
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options, and the key=value overrides wherever they stand."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="maect-fast bench step",
         usage="%(prog)s [options] [key=value ...]",
         description="Time whole training updates of recipes, with random weights on synthetic "

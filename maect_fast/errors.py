@@ -1,9 +1,11 @@
 """Which exceptions a user can mend, and the line that tells them how."""
 
+import argparse
 import errno
+from typing import NoReturn
 from zipfile import BadZipFile
 
-__all__ = ["UserError", "explain"]
+__all__ = ["Parser", "UserError", "explain"]
 
 # What torch says where the CPU's memory is used up, in an error without a class of its own.
 NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
@@ -22,6 +24,14 @@ REMEDIES = {
 
 class UserError(Exception):
     """What the user can mend; the message is one line that names the thing and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def explain(error: Exception) -> str | None:

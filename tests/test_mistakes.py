@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from maect_fast.cli import main
+from maect_fast.evaluation import runs
 from maect_fast.training import engine
 
 # Settings of a pretrain run on digits: what is given, and what the line has to say.
@@ -203,9 +204,9 @@ def told(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     return lines[0]
 
 
-def never(*_: object) -> bool:
-    """In place of the training."""
-    raise AssertionError("the training began")
+def never(*_: object, **__: object) -> bool:
+    """In place of what takes minutes."""
+    raise AssertionError("the work began")
 
 
 @pytest.mark.parametrize(("setting", "key"), rows(SETTINGS))
@@ -226,3 +227,125 @@ def test_a_setting(
     assert key in line.partition(": ")[2], line
     assert len(line) < 400
     assert not out.exists()
+
+
+# Whole command lines; {out} does not exist yet, {run} is a finished pretrain run, {file} a text.
+COMMANDS = """
+train --out {out} | train
+pretrain | --out
+pretrain --out {out} | --recipe
+pretrain --out {out} --recipe l17 | l17
+pretrain --out {out} --recipe {out}/no.yaml | no.yaml
+pretrain --out {out} --recipe {bad}/list.yaml | list.yaml
+pretrain --out {out} --recipe {bad}/broken.yaml | broken.yaml
+pretrain --out {out} --recipe {bad}/latin.yaml | latin.yaml
+pretrain --out {out} --recipe {bad}/twice.yaml | twice.yaml
+pretrain --out {out} --recipe {bad}/tag.yaml | tag.yaml
+pretrain --out {out} --recipe {bad}/unknown.yaml | optimiser
+pretrain --out {out} --recipe {bad}/interpolation.yaml | nowhere
+pretrain --out {out} --recipe digits --depth 3 | --depth
+pretrain --out {out} --recipe digits word | word
+pretrain --out {out} --recipe digits --from-scratch | --from-scratch
+pretrain --out {out} --recipe digits --decoder {run} | --decoder
+pretrain --out {out} --recipe digits --init {out}/none | none
+pretrain --out {out} --recipe digits --init {file} | file.txt
+pretrain --out {out} --recipe digits data.source=folder | data.root
+pretrain --out {out} --recipe digits data.source=folder data.root={out} | data.root
+pretrain --out {out} --recipe digits data.source=folder data.root={file} | data.root
+pretrain --out {out} --recipe digits data.source=folder data.root={bad} | data.root
+pretrain --out {file} --recipe digits | file.txt
+pretrain --out {file}/run --recipe digits | file.txt
+prepare-head --out {out} --recipe digits | --init
+prepare-head --out {out} --recipe digits --init {run} --from-scratch | --from-scratch
+prepare-head --out {out} --recipe digits --init {bad} | bad
+prepare-head --out {out} --recipe digits --init {run} encoder.depth=1 | encoder
+prepare-head --out {out} --recipe digits --init {run} stage=tune | stage
+tune --out {out} --recipe digits | --init
+tune --out {out} --recipe digits --init {run} | prepare-head
+tune --out {out} --recipe digits --init {file} | file.txt
+tune --out {out} --recipe digits --from-scratch --decoder {run} | --decoder
+tune --out {out} --recipe digits --from-scratch frozen_blocks=99 | frozen_blocks
+tune --out {out} --recipe digits --from-scratch reconstruction_weight=1 | --decoder
+tune --out {run} | stage
+plan | --recipe
+plan --recipe l17 | l17
+plan --recipe l16 --stage x | --stage
+plan --recipe l16 --gpus 0 | --gpus
+plan --recipe l16 --gpus 7 | --gpus
+plan --recipe l16 --gpus x | --gpus
+plan --recipe l16 batch_size=0 | batch_size
+evaluate | RUN
+evaluate {out} | checkpoint
+evaluate {bad} | checkpoint
+evaluate {run} {run} | RUN
+evaluate x=1 | RUN
+evaluate {run} --methods svm | --methods
+evaluate {run} --methods knn epochs=0 | epochs
+evaluate {run} --seed x | --seed
+evaluate {run} --seed -1 | --seed
+evaluate {run} --out {file} | file.txt
+evaluate {run} data.test_root=/nowhere data.source=folder | data.
+extract {run} | --out
+extract {out} --out {out}.safetensors | checkpoint
+extract {run} --out {out}/x.safetensors --split all | --split
+extract {run} --out {file}/x.safetensors | file.txt
+extract {run} --out {bad} | bad
+doctor x | x
+doctor epochs=3 | epochs=3
+demo --seeds | --seeds
+demo --seeds one | --seeds
+demo --out {out} --seeds -1 | seed
+demo --out {file} | file.txt
+demo epochs=3 | epochs=3
+bench nothing | nothing
+--version=3 | --version
+"""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run, a folder of bad files, and a file where a folder is expected."""
+    folder = tmp_path_factory.mktemp("places")
+    run, bad, file = folder / "run", folder / "bad", folder / "file.txt"
+    file.write_text("a text")
+    bad.mkdir()
+    for name, text in {
+        "list": "- 1",
+        "broken": "a: [1",
+        "twice": "epochs: 1\nepochs: 2",
+        "tag": "epochs: !!python/object/apply:os.getcwd []",
+        "unknown": "optimiser: {lr: 1}",
+        "interpolation": "epochs: ${nowhere}",
+    }.items():
+        (bad / f"{name}.yaml").write_text(text)
+    (bad / "latin.yaml").write_bytes("data: {root: Gr\xfc\xdfe}".encode("latin-1"))
+    command = ["pretrain", "--recipe", "digits", "--out", str(run), "epochs=1", "device=cpu"]
+    assert main([*command, "batch_size=700", "encoder.depth=2"]) == 0
+    return {"run": run, "bad": bad, "file": file}
+
+
+@pytest.mark.parametrize(("words", "key"), rows(COMMANDS))
+def test_a_command(
+    words: str,
+    key: str,
+    tmp_path: Path,
+    places: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "_loop", never)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runs, "extract_features", never)
+    out = tmp_path / "out"
+    before = contents(places["run"].parent)
+    command = [word.format(out=out, **places) for word in words.split(" ")]
+    line = told(capsys, command)
+    assert key in line.partition(": ")[2], line
+    assert len(line) < 400
+    assert not list(tmp_path.iterdir())
+    assert contents(places["run"].parent) == before
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """Every file below, with its time."""
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}

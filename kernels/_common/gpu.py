@@ -32,9 +32,7 @@ def obstacle(*tensors: Tensor) -> str | None:
             if not _interprets():
                 return "runs on CUDA, got a tensor on cpu (TRITON_INTERPRET=1 interprets it there)"
             if tensor.dtype == torch.bfloat16:
-                return (
-                    "is interpreted, where Triton gets bfloat16 wrong: give float32 or float16"
-                )
+                return "is interpreted, where Triton gets bfloat16 wrong: give float32 or float16"
         elif tensor.device.type != "cuda" or torch.version.cuda is None:
             return f"runs on CUDA, got a tensor on {tensor.device}"
         elif sm_arch(tensor.device) < OLDEST_ARCH:
