@@ -1,8 +1,11 @@
 """The command line, `maect-fast`: the three stages, evaluation, benchmarks and diagnosis."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 from maect_fast import __version__
@@ -31,30 +34,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from maect_fast.benchmarks.cli import main as bench
 
         return bench(given[1:])
+    # Of ranks with the same arguments, one says what is wrong with them.
+    is_heard = os.environ.get("RANK", "0") == "0"
+    with nullcontext() if is_heard else redirect_stderr(io.StringIO()):
+        options = _parse(given)
+
+    if "WORLD_SIZE" in os.environ:
+        # Where a rank is lost, torch warns with C++ stacks; `RankWatch` has a line for it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # After the parsing, because torch takes seconds to import and --help does not need it.
+    from maect_fast.checkpoint import CheckpointError
+    from maect_fast.data import DataError
+    from maect_fast.training.distributed import close_world
+    from maect_fast.training.engine import TrainingError
+    from maect_fast.training.ranks import RankWatch, join_ranks
+
+    watch: RankWatch | None = None
+    try:
+        if options.run is _train:
+            # First of all, so that an error of one rank ends the others.
+            watch = join_ranks()
+        code: int = options.run(options)
+        close_world()
+    except (ConfigError, CheckpointError, DataError, TrainingError) as error:
+        text, code = str(error), 2
+    except KeyboardInterrupt:
+        text, code = "interrupted", 130
+    except Exception as error:
+        if watch is None:
+            raise
+        watch.fail_of(error)
+    else:
+        return code
+    if watch is not None:
+        # What rank 0 says is about the run, and is not said again.
+        name = "" if watch.place.rank == 0 else f"{watch.name}: "
+        watch.fail(text, report=f"maect-fast {options.command}: {name}{text}", code=code)
+    print(f"maect-fast {options.command}: {text}", file=sys.stderr)
+    return code
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
     parser = _parser()
     options, words = parser.parse_known_args(given)
     options.overrides = words
     unknown = [word for word in words if word.startswith("-") or "=" not in word]
     if unknown or (words and options.command in ("demo", "doctor")):
         parser.error(f"{options.command} does not know: {' '.join(unknown or words)}")
-
-    # After the parsing, because torch takes seconds to import and --help does not need it.
-    from maect_fast.checkpoint import CheckpointError
-    from maect_fast.data import DataError
-    from maect_fast.training.distributed import close_world
-    from maect_fast.training.engine import TrainingError
-
-    try:
-        code: int = options.run(options)
-    except (ConfigError, CheckpointError, DataError, TrainingError) as error:
-        print(f"maect-fast {options.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"maect-fast {options.command}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        close_world()
-    return code
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -229,6 +229,10 @@ class Config:
     """Epochs between two checkpoints that are kept; the last epoch is always saved."""
     save_minutes: float = 10.0
     """Minutes between two saves of the checkpoint from which the run would resume."""
+    rank_timeout: float = 20.0
+    """Several processes: seconds without a sign of life of one until all end and name it. One that
+    lives but keeps the others waiting has twice as long; there is no such limit in the first
+    update, while a checkpoint is written, and with a profile."""
     profile: str | None = None
     """START:STOP, the updates of which rank 0 takes a profile, STOP excluded (in YAML quoted)."""
     profiler: Literal["torch", "nsight"] = "torch"
@@ -336,6 +340,7 @@ def _check(config: Config) -> None:
         (config.frozen_blocks >= 0, "frozen_blocks", "0 or more", config.frozen_blocks),
         (config.log_every >= 1, "log_every", "at least 1", config.log_every),
         (config.save_minutes >= 0, "save_minutes", "0 (every update) or more", config.save_minutes),
+        (config.rank_timeout >= 1, "rank_timeout", "at least 1 second", config.rank_timeout),
         (config.checkpoint_every >= 1, "checkpoint_every", "at least 1", config.checkpoint_every),
         (config.threads is None or config.threads >= 1, "threads", "at least 1", config.threads),
         (

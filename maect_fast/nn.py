@@ -148,8 +148,8 @@ class NNCLRLoss(nn.Module):
 
     One search for both views, the loss of each view's predictions against the other view's
     neighbours, then, in training mode only, view 0 enters the queue: of all ranks, in rank order,
-    so that every rank holds the same queue. Neighbours and what enters the queue travel in one message,
-    beside which ranks exchange the sums of the loss. Nothing waits for the device.
+    so that every rank holds the same queue. Ranks exchange neighbours and what enters the queue in
+    one message, and the sums of the loss in another. Nothing waits for the device.
 
     Args:
         queue_size: entries of the queue.
@@ -213,8 +213,9 @@ class NNCLRLoss(nn.Module):
             )
         assert found.picked_index is not None
         assert found.picked_neighbour is not None
-        entering = {"rows": projected[0], "sample_id": sample_id, "label": label}
-        entering = {name: x for name, x in entering.items() if self.training and x is not None}
+        columns = {"rows": projected[0], "sample_id": sample_id, "label": label}
+        # Of the training batch: what enters the queue.
+        entering = {name: x for name, x in columns.items() if self.training and x is not None}
         with profile_range("loss"):
             neighbour, *others = gather_with_neighbours(
                 found.picked_neighbour,

@@ -14,6 +14,7 @@ from maect_fast import nn
 from maect_fast.kernels import Pick, info_nce, queue_topk, with_shadow
 from maect_fast.nn import FeatureQueue, NNCLRLoss
 from maect_fast.testing import unit_rows
+from maect_fast.training.ranks import messages_of
 
 N, D, Q, K = 6, 16, 40, 5
 STEPS = 9
@@ -264,10 +265,10 @@ def rank_main(rank: int, folder: Path) -> None:
                 for x, dim in zip(batch(step), (1, 1, 0, 0), strict=True)
             )
             predicted.requires_grad_()
-            before = group._get_sequence_number_for_group()
+            before = messages_of(group)
             result = loss(projected, predicted, step=step, sample_id=ids, label=labels)
             results.append((result.loss.detach(), *torch.autograd.grad(result.loss, predicted)))
-            sent.append(group._get_sequence_number_for_group() - before)
+            sent.append(messages_of(group) - before)
         torch.save((results, loss.state_dict(), sent), folder / f"{rank}-{transposed}.pt")
     dist.destroy_process_group()
 

@@ -18,6 +18,7 @@ from maect_fast.training.distributed import (
     init_world,
     resolve_device,
 )
+from maect_fast.training.ranks import messages_of
 from maect_fast.training.stages import build_stage
 
 N, D, RANKS = 5, 7, 2
@@ -80,7 +81,7 @@ def count_messages(world: World) -> list[int]:
     # In the second update DDP agrees on its buckets anew.
     for step in range(3):
         views = torch.randn(2, 4, 3, 8, 8)
-        before = group._get_sequence_number_for_group()
+        before = messages_of(group)
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums:
             gather = mock.patch.object(
                 dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor
@@ -89,7 +90,7 @@ def count_messages(world: World) -> list[int]:
                 ids = torch.arange(4) + 4 * world.rank
                 torch.autograd.backward(model(views, step=step, sample_id=ids, label=ids)["loss"])
         state.apply_gradients()
-    all_messages = group._get_sequence_number_for_group() - before
+    all_messages = messages_of(group) - before
     return [gathers.call_count, sums.call_count, all_messages]
 
 
