@@ -4,7 +4,7 @@
 `masked_attention`     short-sequence attention for (masked) ViTs; `attention` takes q, k, v apart
 `queue_topk`           exact top-k nearest neighbours in a ring-buffer queue; `enqueue` updates it
 `info_nce`             the NNCLR InfoNCE loss without a logits matrix; `symmetric_info_nce`, CLIP's
-                       and SimCLR's; `info_nce_stats`; `gather_neighbours`
+                       and SimCLR's; `info_nce_stats`; `gather_neighbours`, `gather_with_neighbours`
 `mae_tokens`           of masked autoencoders: `gather_patches` before the embedding,
                        `restore_tokens` before the decoder, the loss `masked_patch_mse`
 `residual_norm`        of a transformer block: the residual sum with the layer norm that reads it
@@ -20,6 +20,7 @@ from maect_fast.kernels.info_nce import (
     InfoNCEStats,
     PendingRows,
     gather_neighbours,
+    gather_with_neighbours,
     info_nce,
     info_nce_stats,
     symmetric_info_nce,
@@ -54,6 +55,7 @@ __all__ = [
     "enqueue",
     "gather_neighbours",
     "gather_patches",
+    "gather_with_neighbours",
     "gelu",
     "info_nce",
     "info_nce_stats",

@@ -1,8 +1,11 @@
 """The command line, `maect-fast`: the three stages, evaluation, benchmarks and diagnosis."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 from maect_fast import __version__
@@ -34,32 +37,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from maect_fast.benchmarks.cli import main as bench
 
         return bench(given[1:])
+    # Of ranks with the same arguments, one says what is wrong with them.
+    is_heard = os.environ.get("RANK", "0") == "0"
+    with nullcontext() if is_heard else redirect_stderr(io.StringIO()):
+        options = _parse(given)
+
+    if "WORLD_SIZE" in os.environ:
+        # Where a rank is lost, torch warns with C++ stacks; `RankWatch` has a line for it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # After the parsing, because torch takes seconds to import and --help does not need it.
+    from maect_fast.training.distributed import close_world
+    from maect_fast.training.ranks import RankWatch, join_ranks
+
+    watch: RankWatch | None = None
+    try:
+        if options.run is _train:
+            # First of all, so that an error of one rank ends the others.
+            watch = join_ranks()
+        code: int = options.run(options)
+        close_world()
+        return code
+    except KeyboardInterrupt:
+        text, code = "interrupted", 130
+    except Exception as error:
+        line = explain(error)
+        if line is None or options.debug:
+            if line is None:
+                error.add_note(f"a fault of maect-fast: please report it with {REPORT}")
+            if watch is not None:
+                watch.fail_of(error)
+            raise
+        text, code = line, 2
+    if watch is not None:
+        # What rank 0 says is about the run, and is not said again.
+        name = "" if watch.place.rank == 0 else f"{watch.name}: "
+        watch.fail(text, report=f"maect-fast {options.command}: {name}{text}", code=code)
+    print(f"maect-fast {options.command}: {text}", file=sys.stderr)
+    return code
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
     parser = _parser()
     options, words = parser.parse_known_args(given)
     options.overrides = words
     unknown = [word for word in words if word.startswith("-") or "=" not in word]
     if unknown or (words and options.command in ("demo", "doctor")):
         parser.error(f"{options.command} does not know: {' '.join(unknown or words)}")
-    try:
-        code: int = options.run(options)
-    except KeyboardInterrupt:
-        print(f"maect-fast {options.command}: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        line = explain(error)
-        if line is None:
-            error.add_note(f"a fault of maect-fast: please report it with {REPORT}")
-        if line is None or options.debug:
-            raise
-        print(f"maect-fast {options.command}: {line}", file=sys.stderr)
-        return 2
-    finally:
-        # Not imported before the parsing: torch takes seconds, and --help does not need it.
-        if "torch" in sys.modules:
-            from maect_fast.training.distributed import close_world
-
-            close_world()
-    return code
+    return options
 
 
 def seed(text: str) -> int:

@@ -257,6 +257,10 @@ class Config:
     """Epochs between two checkpoints that are kept; the last epoch is always saved."""
     save_minutes: Annotated[float, Interval("[0, 1000000]")] = 10.0
     """Minutes between two saves of the checkpoint from which the run would resume."""
+    rank_timeout: Annotated[float, Interval("[1, 1000000]")] = 20.0
+    """Several processes: seconds without a sign of life of one until all end and name it. One that
+    lives but keeps the others waiting has twice as long; there is no such limit in the first
+    update, while a checkpoint is written, and with a profile."""
     profile: str | None = None
     """START:STOP, the updates of which rank 0 takes a profile, STOP excluded (in YAML quoted)."""
     profiler: Literal["torch", "nsight"] = "torch"

@@ -15,12 +15,13 @@ from maect_fast.kernels import (
     Shadow,
     TopK,
     enqueue,
+    gather_with_neighbours,
     info_nce,
     queue_topk,
     with_shadow,
 )
 from maect_fast.kernels._common.checks import check_int, check_number
-from maect_fast.kernels._common.collectives import all_gather_rows, group_rank
+from maect_fast.kernels._common.collectives import group_rank
 from maect_fast.profiling import profile_range
 
 __all__ = [
@@ -152,7 +153,8 @@ class NNCLRLoss(nn.Module):
 
     One search for both views, the loss of each view's predictions against the other view's
     neighbours, then, in training mode only, view 0 enters the queue: of all ranks, in rank order,
-    so that every rank holds the same queue. Nothing waits for the device.
+    so that every rank holds the same queue. Ranks exchange neighbours and what enters the queue in
+    one message, and the sums of the loss in another. Nothing waits for the device.
 
     Args:
         queue_size: entries of the queue.
@@ -219,10 +221,19 @@ class NNCLRLoss(nn.Module):
             )
         assert found.picked_index is not None
         assert found.picked_neighbour is not None
+        columns = {"rows": projected[0], "sample_id": sample_id, "label": label}
+        # Of the training batch: what enters the queue.
+        entering = {name: x for name, x in columns.items() if self.training and x is not None}
         with profile_range("loss"):
+            neighbour, *others = gather_with_neighbours(
+                found.picked_neighbour,
+                *entering.values(),
+                group=self.group,
+                dtype=predicted.dtype,
+            )
             loss = info_nce(
                 predicted,
-                found.picked_neighbour,
+                neighbour,
                 temperature=self.temperature,
                 group=self.group,
                 transposed=self.transposed,
@@ -234,9 +245,6 @@ class NNCLRLoss(nn.Module):
         if self.training:
             # Only now: the search must not find this batch.
             with profile_range("enqueue"):
-                self.queue.enqueue(
-                    all_gather_rows(projected[0], self.group),
-                    sample_id=None if sample_id is None else all_gather_rows(sample_id, self.group),
-                    label=None if label is None else all_gather_rows(label, self.group),
-                )
+                arrived = {name: x.wait() for name, x in zip(entering, others, strict=True)}
+                self.queue.enqueue(**arrived)
         return NNCLROutput(loss, accuracy)

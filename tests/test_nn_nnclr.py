@@ -14,6 +14,7 @@ from maect_fast import nn
 from maect_fast.kernels import Pick, info_nce, queue_topk, with_shadow
 from maect_fast.nn import FeatureQueue, NNCLRLoss
 from maect_fast.testing import unit_rows
+from maect_fast.training.ranks import messages_of
 
 N, D, Q, K = 6, 16, 40, 5
 STEPS = 9
@@ -253,18 +254,22 @@ def rank_main(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORLD_SIZE
     )
+    group = dist.group.WORLD
+    assert group is not None
     for transposed in (False, True):
-        loss = make_loss(group=dist.group.WORLD, transposed=transposed)
-        results = []
+        loss = make_loss(group=group, transposed=transposed)
+        results, sent = [], []
         for step in range(STEPS):
             projected, predicted, ids, labels = (
                 x.chunk(WORLD_SIZE, dim)[rank]
                 for x, dim in zip(batch(step), (1, 1, 0, 0), strict=True)
             )
             predicted.requires_grad_()
+            before = messages_of(group)
             result = loss(projected, predicted, step=step, sample_id=ids, label=labels)
             results.append((result.loss.detach(), *torch.autograd.grad(result.loss, predicted)))
-        torch.save((results, loss.state_dict()), folder / f"{rank}-{transposed}.pt")
+            sent.append(messages_of(group) - before)
+        torch.save((results, loss.state_dict(), sent), folder / f"{rank}-{transposed}.pt")
     dist.destroy_process_group()
 
 
@@ -287,7 +292,7 @@ def rank_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ranks_together_equal_one_process(transposed: bool, rank_folder: Path) -> None:
     results = (torch.load(rank_folder / f"{r}-{transposed}.pt") for r in range(WORLD_SIZE))
-    parts, states = zip(*results, strict=True)
+    parts, states, _ = zip(*results, strict=True)
     loss = make_loss(transposed=transposed)
     for step in range(STEPS):
         projected, predicted, ids, labels = batch(step)
@@ -302,6 +307,14 @@ def test_ranks_together_equal_one_process(transposed: bool, rank_folder: Path) -
     for state in states:
         for name, value in loss.state_dict().items():
             assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_update_sends_one_message_and_the_sums(transposed: bool, rank_folder: Path) -> None:
+    for rank in range(WORLD_SIZE):
+        *_, sent = torch.load(rank_folder / f"{rank}-{transposed}.pt")
+        # Once the numbers of rows: the first loss is the one that is not transposed.
+        assert sent == ([1] * STEPS if transposed else [3, *[2] * (STEPS - 1)])
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ MAY_CHANGE = {
     "device",
     "profile",
     "profiler",
+    "rank_timeout",
 }
 
 
@@ -86,6 +87,8 @@ def run_stage(
         TrainingError: the loss is not finite.
     """
     world = init_world(config.device)
+    if world.watch is not None:
+        world.watch.patience = config.rank_timeout
     profile = _profile(config, world, out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -143,6 +146,8 @@ def _loop(state: StageState, loader: Loader, world: World, out: Path, profile: P
             for batch in profile.batches(loader.batches(epoch, position), state.update):
                 meter.add(_update(state, model, batch, world))
                 log.advance()
+                if config.profile is None:
+                    world.beat(state.update)
                 is_last = state.update == state.total
                 is_kept = state.update % (config.checkpoint_every * loader.updates_per_epoch) == 0
                 is_logged = is_last or state.update % config.log_every == 0
@@ -224,6 +229,7 @@ class _Meter:
 
 def _save(state: StageState, world: World, out: Path, *, keep: bool) -> None:
     """Write checkpoints/last.pt, and a copy that stays when `keep`."""
+    world.rest()
     states: list[Any] = [random_states()]
     if world.size > 1:
         states = [None] * world.size
