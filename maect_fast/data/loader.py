@@ -275,6 +275,14 @@ class Loader:
         """The images that this rank could not read so far."""
         return self._broken.names()
 
+    def close(self) -> None:
+        """End the workers now, also one that waits for a file system which does not answer."""
+        workers = getattr(self._decoded._iterator, "_workers", [])
+        for worker in workers:
+            # The DataLoader would wait five seconds for each before it comes to this.
+            worker.terminate()
+        self._decoded._iterator = None
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from batch number `start` on; one pass at a time.
 
