@@ -47,7 +47,8 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str
 
 def run_encoder(config: Config, state: dict[str, Any]) -> Encoder:
     """The run's encoder in evaluation mode: its EMA where the run kept one, as published."""
-    encoder = Encoder(config.encoder)
+    # Whatever torch's default dtype: the weights of the file are fp32.
+    encoder = Encoder(config.encoder).float()
     weights = state["encoder_ema"]
     if weights is None:
         prefix = "encoder."
