@@ -263,9 +263,7 @@ def _extract(options: argparse.Namespace) -> int:
     from maect_fast.evaluation.runs import check_run, load_run, run_encoder, split_features
 
     check_run(options.run_directory, options.overrides, options.split)
-    if options.out.is_dir():
-        raise ConfigError(f"--out: {options.out} is a folder, expected a file to write")
-    check_writable(options.out)
+    check_writable(options.out, folder=False)
     config, state = load_run(options.run_directory, options.overrides)
     features = split_features(config, options.split, run_encoder(config, state))
     save_features(features, options.out)

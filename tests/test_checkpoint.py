@@ -252,8 +252,12 @@ def test_a_disk_that_is_full_names_the_file(tmp_path: Path) -> None:
 def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    check_writable(file)
+    check_writable(file, folder=False)
     check_writable(tmp_path / "a" / "b")
+    with pytest.raises(ConfigError, match=f"--out: {file} is a file, expected a folder"):
+        check_writable(file)
+    with pytest.raises(ConfigError, match=f"--out: {tmp_path} is a folder, expected a file"):
+        check_writable(tmp_path, folder=False)
     with pytest.raises(ConfigError, match=f"--out: {file} is not a folder"):
         check_writable(file / "b")
     # A read-only file system; root may write everywhere else.

@@ -99,8 +99,6 @@ def run_directory(out: Path, *, restart: bool = False) -> Iterator[None]:
             from which its run continues.
     """
     check_writable(out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: {out} is a file, expected a run directory")
     is_new = not out.exists()
     with _lock(out):
         for folder in (out, out / "checkpoints"):

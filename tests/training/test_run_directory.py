@@ -114,7 +114,7 @@ def test_out_is_a_file(
     file = tmp_path / "file"
     file.write_text("")
     assert pretrain(file) == 2
-    assert f"--out: {file} is a file, expected a run directory" in told()
+    assert f"--out: {file} is a file, expected a folder" in told()
     assert pretrain(file / "run") == 2
     assert f"--out: {file} is not a folder" in told()
 
@@ -460,3 +460,60 @@ def test_a_signal_ends_a_wait_for_images(
     assert load_checkpoint(last_checkpoint(out))["update"] == 3
     assert pretrain(out) == 0
     assert [line["update"] for line in read_metrics(out)] == list(range(1, TOTAL + 1))
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from maect_fast.cli import main
+from maect_fast.data import FolderSource, build_source
+from maect_fast.training import engine
+
+class Stuck(FolderSource):
+    def decode(self, index):
+        if index == 11:
+            print("stuck", flush=True)
+            time.sleep(600)
+        return super().decode(index)
+
+def build(*arguments, **settings):
+    source = build_source(*arguments, **settings)
+    fields = ("labels", "class_names", "path_bytes", "path_ends", "channels")
+    return Stuck(**{name: getattr(source, name) for name in fields})
+
+if __name__ == "__main__":
+    engine.build_source = build
+    code = main(sys.argv[1:])
+    print("left", flush=True)
+    sys.exit(code)
+"""
+
+
+def test_a_signal_ends_a_wait_for_workers(
+    images: Path, recipes: dict[Stage, Path], tmp_path: Path
+) -> None:
+    """Two workers, one of which waits for a file system that does not answer."""
+    program, out = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(STUCK)
+    command = ["pretrain", "--recipe", str(recipes["pretrain"]), "--out", str(out)]
+    command += ["data.source=folder", f"data.root={images}", "data.workers=2", "batch_size=2"]
+    process = subprocess.Popen(
+        [sys.executable, str(program), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    time.sleep(3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    printed, told = process.communicate(timeout=120)
+    seconds = time.monotonic() - began
+    assert process.returncode == 0, told
+    assert printed.endswith("left\n")
+    assert "stopped and saved" in told
+    assert last_checkpoint(out).exists()
+    # The DataLoader alone would wait five seconds for each worker.
+    assert seconds < 10
