@@ -125,7 +125,7 @@ def test_kills(commands: dict[Stage, list[str]], tmp_path: Path) -> None:
                     assert process.exitcode == 0, (tmp_path / "told").read_text()
                     break
                 delay = moments.uniform(0, SECONDS)
-                was_killed = kill(process, out, delay, in_write=kills % 3 == 0)
+                was_killed = kill(process, out, delay, in_write=2 * in_writes <= kills)
                 kills += was_killed
                 in_writes += was_killed and bool(temporaries(out))
             assert_same_checkpoint(last_checkpoint(out), last_checkpoint(whole))
