@@ -110,11 +110,11 @@ def test_a_conversion_of_the_model_leaves_the_queue() -> None:
     """Its rows are masters: not rounded, and what an assigned state dict brings is made fp32."""
     plain = make_loss()
     for convert in ("half", "bfloat16", "double"):
-        model = torch.nn.Sequential(torch.nn.Linear(D, D), make_loss())
-        getattr(model, convert)()
-        assert model[0].weight.dtype != torch.float32
-        assert states_equal(model[1], plain)
-        assert {x.dtype for x in model[1].state_dict().values()} == {torch.float32, torch.int64}
+        linear, loss = torch.nn.Linear(D, D), make_loss()
+        getattr(torch.nn.Sequential(linear, loss), convert)()
+        assert linear.weight.dtype != torch.float32
+        assert states_equal(loss, plain)
+        assert {x.dtype for x in loss.state_dict().values()} == {torch.float32, torch.int64}
     queue = FeatureQueue(Q, D)
     state = queue.state_dict()
     queue.load_state_dict(state | {"queue": state["queue"].half()}, assign=True)

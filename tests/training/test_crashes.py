@@ -188,7 +188,7 @@ def test_two_writers(commands: dict[Stage, list[str]], tmp_path: Path) -> None:
         for process in processes:
             process.join()
         codes = [process.exitcode for process in processes]
-        assert sorted(codes) == [0, 2], [path.read_text() for path in told]
+        assert codes in ([0, 2], [2, 0]), [path.read_text() for path in told]
         holder, other = (processes[codes.index(code)] for code in (0, 2))
         (line,) = told[processes.index(other)].read_text().splitlines()
         assert f"--out: {out} is in use by process {holder.pid} on " in line

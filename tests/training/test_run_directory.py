@@ -440,20 +440,20 @@ def test_a_signal_ends_a_wait_for_images(
     pretrain: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image that does not come, as from a file system that does not answer."""
-    from maect_fast.data import loader
+    from maect_fast.data.augment import tensor_views
 
-    draw, count = loader.tensor_views, [0]
+    count = [0]
 
     def stuck(*arguments: Any, **settings: Any) -> Any:
         count[0] += 1
         if count[0] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(600)
-        return draw(*arguments, **settings)
+        return tensor_views(*arguments, **settings)
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "tensor_views", stuck)
+        patch.setattr("maect_fast.data.loader.tensor_views", stuck)
         began = time.monotonic()
         assert pretrain(out) == 0
         assert time.monotonic() - began < 60
