@@ -113,7 +113,8 @@ def _run(
     resumed = load_checkpoint(last) if last.exists() else None
     record = RunRecord(**resumed.get("record", {})) if resumed else RunRecord()
     if resumed is not None:
-        on_first_rank(world, lambda: record.check_origin(out, init=init, decoder=decoder))
+        if "record" in resumed:  # runs of before do not know
+            on_first_rank(world, lambda: record.check_origin(out, init=init, decoder=decoder))
         before, update = load_config(resumed["config"]), resumed["update"]
         record.check_settings(config, before, out, named=change, update=update)
     elif change:

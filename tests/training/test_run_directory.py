@@ -348,6 +348,12 @@ def test_another_start_is_refused(
     assert f"--init: the run in {out} was started from {first}; continue it without" in told()
     assert main([*command, "--from-scratch"]) == 2
     assert f"--from-scratch: the run in {out} was started from {first}" in told()
+    state = load_checkpoint(last_checkpoint(Path(out)))
+    record = state.pop("record")
+    save_checkpoint(last_checkpoint(Path(out)), state)
+    # A run of before records it only from now on.
+    assert main([*command, "--init", str(first)]) == 0
+    save_checkpoint(last_checkpoint(Path(out)), state | {"record": record})
     first.rename(moved)
     assert main([*command, "--init", str(moved)]) == 0
     # It is gone, but this is the same command.
