@@ -23,11 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
 
-from maect_fast.config import ConfigError
-
 __all__ = [
     "CheckpointError",
-    "check_writable",
     "fingerprint",
     "kept_checkpoints",
     "load_checkpoint",
@@ -99,24 +96,6 @@ def remove_temporaries(folder: Path, *, of: str = "*", seconds: float = 0) -> No
                 temporary.unlink()
         except FileNotFoundError:
             pass  # its writer was faster
-
-
-def check_writable(path: Path, *, folder: bool = True) -> None:
-    """Refuse a `path`, which need not exist, where no folder, or no file, can be made.
-
-    Raises:
-        ConfigError: says what is in the way.
-    """
-    if path.exists() and path.is_dir() != folder:
-        is_one, expected = ("file", "folder") if folder else ("folder", "file")
-        raise ConfigError(f"--out: {path} is a {is_one}, expected a {expected}")
-    place = path
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    if place != path and not place.is_dir():
-        raise ConfigError(f"--out: {place} is not a folder, so there can be no {path}")
-    if not os.access(place, os.W_OK):
-        raise ConfigError(f"--out: {path} cannot be written, as {place} is not writable")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -258,9 +258,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _extract(options: argparse.Namespace) -> int:
-    from maect_fast.checkpoint import check_writable
     from maect_fast.evaluation.features import save_features
     from maect_fast.evaluation.runs import check_run, load_run, run_encoder, split_features
+    from maect_fast.training.run_directory import check_writable
 
     check_run(options.run_directory, options.overrides, options.split)
     check_writable(options.out, folder=False)

@@ -14,7 +14,6 @@ import torch
 
 from maect_fast.checkpoint import (
     CheckpointError,
-    check_writable,
     fingerprint,
     load_checkpoint,
     peek_checkpoint,
@@ -25,7 +24,6 @@ from maect_fast.checkpoint import (
     set_random_states,
     write_atomically,
 )
-from maect_fast.config import ConfigError
 
 
 def draws() -> tuple[float, float, float]:
@@ -247,23 +245,6 @@ def test_a_disk_that_is_full_names_the_file(tmp_path: Path) -> None:
     )
     assert done.stdout == f"{path} File too large\n"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    file.write_text("")
-    check_writable(file, folder=False)
-    check_writable(tmp_path / "a" / "b")
-    with pytest.raises(ConfigError, match=f"--out: {file} is a file, expected a folder"):
-        check_writable(file)
-    with pytest.raises(ConfigError, match=f"--out: {tmp_path} is a folder, expected a file"):
-        check_writable(tmp_path, folder=False)
-    with pytest.raises(ConfigError, match=f"--out: {file} is not a folder"):
-        check_writable(file / "b")
-    # A read-only file system; root may write everywhere else.
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ConfigError, match=f"cannot be written, as {tmp_path} is not writable"):
-        check_writable(tmp_path / "a" / "b")
 
 
 def test_a_fingerprint_follows_the_content(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from maect_fast.checkpoint import check_writable
 from maect_fast.config import Config, ConfigError
 from maect_fast.data import build_source, eval_batches
 from maect_fast.evaluation import METHODS, Features, Method, evaluate_features
@@ -33,6 +32,7 @@ from maect_fast.evaluation.runs import (
 from maect_fast.models.encoder import Encoder
 from maect_fast.models.maect import PretrainModel
 from maect_fast.training.log import read_metrics
+from maect_fast.training.run_directory import check_writable
 
 __all__ = ["Measured", "Subject", "compare_runs", "draw", "measure"]
 

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from maect_fast.checkpoint import (
-    check_writable,
     fingerprint,
     kept_checkpoints,
     remove_temporaries,
@@ -29,7 +28,14 @@ from maect_fast.training.distributed import World
 from maect_fast.training.log import METRICS, read_metrics
 from maect_fast.training.stages import StageState, last_checkpoint
 
-__all__ = ["RunRecord", "check_last", "check_space", "on_first_rank", "run_directory"]
+__all__ = [
+    "RunRecord",
+    "check_last",
+    "check_space",
+    "check_writable",
+    "on_first_rank",
+    "run_directory",
+]
 
 T = TypeVar("T")
 
@@ -82,6 +88,24 @@ def on_first_rank(world: World, act: Callable[[], T]) -> T:
         raise outcome[1]
     found: T = outcome[0]
     return found
+
+
+def check_writable(path: Path, *, folder: bool = True) -> None:
+    """Refuse a `path`, which need not exist, where no folder, or no file, can be made.
+
+    Raises:
+        ConfigError: says what is in the way.
+    """
+    if path.exists() and path.is_dir() != folder:
+        is_one, expected = ("file", "folder") if folder else ("folder", "file")
+        raise ConfigError(f"--out: {path} is a {is_one}, expected a {expected}")
+    place = path
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if place != path and not place.is_dir():
+        raise ConfigError(f"--out: {place} is not a folder, so there can be no {path}")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"--out: {path} cannot be written, as {place} is not writable")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from maect_fast.cli import main
 from maect_fast.config import ConfigError, Stage
 from maect_fast.training import engine
 from maect_fast.training.log import read_metrics
-from maect_fast.training.run_directory import LOCK, run_directory
+from maect_fast.training.run_directory import LOCK, check_writable, run_directory
 from maect_fast.training.stages import last_checkpoint
 
 TOTAL = 8
@@ -117,6 +117,23 @@ def test_out_is_a_file(
     assert f"--out: {file} is a file, expected a folder" in told()
     assert pretrain(file / "run") == 2
     assert f"--out: {file} is not a folder" in told()
+
+
+def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    check_writable(file, folder=False)
+    check_writable(tmp_path / "a" / "b")
+    with pytest.raises(ConfigError, match=f"--out: {file} is a file, expected a folder"):
+        check_writable(file)
+    with pytest.raises(ConfigError, match=f"--out: {tmp_path} is a folder, expected a file"):
+        check_writable(tmp_path, folder=False)
+    with pytest.raises(ConfigError, match=f"--out: {file} is not a folder"):
+        check_writable(file / "b")
+    # A read-only file system; root may write everywhere else.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=f"cannot be written, as {tmp_path} is not writable"):
+        check_writable(tmp_path / "a" / "b")
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_first_update(
