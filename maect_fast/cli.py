@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from maect_fast import __version__
 from maect_fast.config import ConfigError, Stage, load_config, load_recipe
@@ -24,7 +25,8 @@ examples:
   maect-fast evaluate runs/mae runs/mae-ct data.test_root=/images/val
   torchrun --nproc-per-node 8 -m maect_fast.cli tune ...
 key=value changes a setting of the recipe (epochs=10 optim.encoder_lr=5e-5 data.workers=8).
-The same command on an existing run directory continues the run.
+The same command on an existing run directory continues the run; --change KEY=VALUE continues it
+with another setting, --restart starts it anew.
 """
 
 REPORT = "these lines, the command and what `maect-fast doctor` prints"
@@ -132,6 +134,20 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATH",
             help="run directory of the stage before, or a file with an encoder's weights",
         )
+        train.add_argument(
+            "--change",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="continue the run with this setting changed, and record it there (rates and other "
+            "optim.*, precision, augment.*, temperature, top-k, mask ratio); data.root accepts "
+            "other images",
+        )
+        train.add_argument(
+            "--restart",
+            action="store_true",
+            help="start anew in a run directory; the earlier run goes to a folder in it",
+        )
         if stage != "pretrain":
             train.add_argument(
                 "--from-scratch",
@@ -206,22 +222,39 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from maect_fast.checkpoint import peek_checkpoint
     from maect_fast.training.engine import run_stage
+    from maect_fast.training.run_directory import check_last
     from maect_fast.training.stages import last_checkpoint
 
     stage: Stage = options.command
-    continues = last_checkpoint(options.out).exists()
+    out: Path = options.out
+    continues = last_checkpoint(out).exists() and not options.restart
     if options.recipe is not None:
-        layer = load_recipe(options.recipe, stage)
+        layer: Any = load_recipe(options.recipe, stage)
     elif continues:
-        layer = load_recipe(str(options.out / "config.yaml"), stage)
+        # config.yaml is for people: this is what the run goes by.
+        layer = peek_checkpoint(last_checkpoint(out))["config"]
     else:
-        raise ConfigError(f"{options.out}: no run to continue there; start one with --recipe NAME")
-    config = load_config(layer, overrides=options.overrides)
+        if not options.restart:
+            check_last(out)
+        raise ConfigError(f"{out}: no run to continue there; start one with --recipe NAME")
+    config = load_config(layer, overrides=[*options.overrides, *options.change])
     if config.stage != stage:
         raise ConfigError(f"stage: the command is {stage}, the recipe is for {config.stage}")
-    from_scratch = stage == "pretrain" or options.from_scratch
-    if options.init is None and not from_scratch and not continues:
+    from_scratch = stage != "pretrain" and options.from_scratch
+    if options.init is not None and from_scratch:
+        raise ConfigError("--init, --from-scratch: expected one of them, got both")
+    if continues and from_scratch:
+        record = peek_checkpoint(last_checkpoint(out)).get("record", {})
+        if record.get("init") is not None:
+            raise ConfigError(
+                f"--from-scratch: the run in {out} was started from {record['init']['path']}; "
+                "continue it without this option, or choose another --out"
+            )
+    if options.init is None and not from_scratch and stage != "pretrain" and not continues:
+        if not options.restart:
+            check_last(out)
         raise ConfigError(
             f"--init: {stage} starts from the stage before (or give --from-scratch for a control)"
         )
@@ -230,9 +263,16 @@ def _train(options: argparse.Namespace) -> int:
     decoder = options.decoder if stage == "tune" else None
     if decoder is not None and config.reconstruction_weight == 0:
         raise ConfigError("--decoder: expected with reconstruction_weight above 0, which uses it")
-    if run_stage(config, options.out, init=options.init, decoder=decoder):
-        return 0
-    print(f"stopped and saved; the same command continues {options.out}", file=sys.stderr)
+    finished = run_stage(
+        config,
+        out,
+        init=options.init,
+        decoder=decoder,
+        restart=options.restart,
+        change=[word.partition("=")[0] for word in options.change],
+    )
+    if not finished:
+        print(f"stopped and saved; the same command continues {out}", file=sys.stderr)
     return 0
 
 
@@ -269,8 +309,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _extract(options: argparse.Namespace) -> int:
     from maect_fast.evaluation.features import save_features
-    from maect_fast.evaluation.runs import load_run, run_encoder, split_features
+    from maect_fast.evaluation.runs import check_run, load_run, run_encoder, split_features
+    from maect_fast.training.run_directory import check_writable
 
+    check_run(options.run_directory, options.overrides, options.split)
+    check_writable(options.out, folder=False)
     config, state = load_run(options.run_directory, options.overrides)
     features = split_features(config, options.split, run_encoder(config, state))
     save_features(features, options.out)

@@ -71,7 +71,7 @@ class FeatureQueue(nn.Module):
         check_int("dim", dim, 1)
         if shadow not in (torch.float16, torch.int8):
             raise ValueError(f"shadow: expected torch.float16 or torch.int8, got {shadow}")
-        rows = torch.randn(size, dim, generator=generator)
+        rows = torch.randn(size, dim, generator=generator, dtype=torch.float32)
         self.register_buffer("queue", nn.functional.normalize(rows, dim=-1))
         self.register_buffer("queue_y", torch.full((size,), -1))
         self.register_buffer("queue_id", torch.full((size,), -1))
@@ -86,8 +86,15 @@ class FeatureQueue(nn.Module):
         return QueueState(self.queue, self.queue_y, self.queue_id, self.queue_ptr, self._shadow)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert the buffers."""
+        """Move the buffers; a conversion of the whole model leaves the rows in fp32.
+
+        Half-precision rows would be rounded anew with every update, and the shadow holds rounded
+        ones already.
+        """
+        rows = self.queue
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.queue.dtype != rows.dtype:
+            self.queue = rows.to(self.queue.device)
         _renew_shadow(self)
         return self
 
@@ -127,6 +134,8 @@ class FeatureQueue(nn.Module):
 
 def _renew_shadow(queue: FeatureQueue, _: object = None) -> None:
     """Round the queue anew, after it was moved or loaded."""
+    # `load_state_dict(assign=True)` takes whatever dtype it is given.
+    queue.queue = queue.queue.float()
     queue._shadow = None
     if _is_on_gpu(queue.queue):
         queue._shadow = with_shadow(queue.state, dtype=queue.shadow_dtype).shadow

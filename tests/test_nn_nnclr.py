@@ -95,6 +95,34 @@ def test_queue_starts_with_random_unit_rows_of_nobody() -> None:
     assert first.queue_ptr.tolist() == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_queue_is_fp32_whatever_the_default(dtype: torch.dtype) -> None:
+    plain = make_loss().queue.queue
+    torch.set_default_dtype(dtype)
+    try:
+        queue = make_loss().queue.queue
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert queue.dtype == torch.float32
+    assert torch.equal(queue, plain)
+
+
+def test_a_conversion_of_the_model_leaves_the_queue() -> None:
+    """Its rows are masters: not rounded, and what an assigned state dict brings is made fp32."""
+    plain = make_loss()
+    for convert in ("half", "bfloat16", "double"):
+        linear, loss = torch.nn.Linear(D, D), make_loss()
+        getattr(torch.nn.Sequential(linear, loss), convert)()
+        assert linear.weight.dtype != torch.float32
+        assert states_equal(loss, plain)
+        assert {x.dtype for x in loss.state_dict().values()} == {torch.float32, torch.int64}
+    queue = FeatureQueue(Q, D)
+    state = queue.state_dict()
+    queue.load_state_dict(state | {"queue": state["queue"].half()}, assign=True)
+    assert queue.queue.dtype == torch.float32
+    assert dict(queue.named_buffers()).keys() == state.keys()
+
+
 def test_queue_search_and_enqueue() -> None:
     queue = FeatureQueue(Q, D)
     rows, _, ids, labels = batch(0)

@@ -5,21 +5,24 @@ number of ranks and where a run was resumed change nothing.
 """
 
 import logging
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from maect_fast.config import AugmentConfig, ConfigError
 from maect_fast.data.augment import (
@@ -48,8 +51,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 1.0
 
 
+# Where workers put their batches, on Linux.
+SHARED_MEMORY = Path("/dev/shm")
+# The DataLoader's own default, of batches that a worker is ahead.
+PREFETCH = 2
+
+
 class DataError(UserError, RuntimeError):
-    """More images cannot be read than `data.max_broken` allows; the message names them."""
+    """Images that cannot be had.
+
+    More cannot be read than `data.max_broken` allows, and the message names them; or the workers
+    that read them have ended.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +124,7 @@ class _TrainingBatches(Dataset[_Item]):
         # A quarter of the bytes, to the main process and to the device, where the rest is done.
         stays_bytes = not self.augment.contrast and not self.augment.noise
         dtype = torch.uint8 if stays_bytes else torch.float32
-        views = torch.empty(self.num_views, len(indices), C, S, S, dtype=dtype)
+        views = _empty(self.num_views, len(indices), C, S, S, dtype=dtype)
         ids = list(indices)
         broken: dict[int, str] = {}
         draws = self._draws(ids, epoch, NOISE)
@@ -119,7 +132,7 @@ class _TrainingBatches(Dataset[_Item]):
             image = _decode(self.source, index, broken)
             while image is None:
                 if len(broken) > self.max_broken:
-                    return _Item(views, torch.tensor(ids), broken)
+                    return _Item(views, _ids(ids), broken)
                 ids[row] = (ids[row] + 1) % len(self.source)
                 image = _decode(self.source, ids[row], broken)
             own = draws[:, row : row + 1]
@@ -131,7 +144,7 @@ class _TrainingBatches(Dataset[_Item]):
                 continue
             # One image at a time stays in the cache.
             views[:, row] = finish_views(_to_float(pixels)[:, None], own, self.augment)[:, 0]
-        return _Item(views, torch.tensor(ids), broken)
+        return _Item(views, _ids(ids), broken)
 
     def _draws(self, ids: list[int], epoch: int, num: int) -> Tensor:
         return draw(self.seed, torch.tensor(ids), epoch=epoch, num_views=self.num_views, num=num)
@@ -147,7 +160,7 @@ class _EvaluationBatches(Dataset[_Item]):
 
     def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
         S, C = self.img_size, self.source.in_chans
-        images = torch.empty(len(key[1]), C, S, S)
+        images = _empty(len(key[1]), C, S, S, dtype=torch.float32)
         ids: list[int] = []
         broken: dict[int, str] = {}
         for index in key[1]:
@@ -156,7 +169,24 @@ class _EvaluationBatches(Dataset[_Item]):
                 pixels = _to_float(eval_pixels(image, S))
                 images[len(ids)] = to_normalized(pixels, self.augment)
                 ids.append(index)
-        return _Item(images[: len(ids)], torch.tensor(ids, dtype=torch.int64), broken)
+        return _Item(images[: len(ids)], _ids(ids), broken)
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor to fill; in a worker in shared memory, where it has to go.
+
+    Left to the queue's thread, the move costs a copy, and where the memory is full the batch is
+    lost and the main process waits for it for ever.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
+    return torch.tensor([], dtype=dtype).set_(storage).view(shape)
+
+
+def _ids(ids: list[int]) -> Tensor:
+    return _empty(len(ids), dtype=torch.int64).copy_(torch.tensor(ids, dtype=torch.int64))
 
 
 def _decode(source: Source, index: int, broken: dict[int, str]) -> Image.Image | None:
@@ -263,6 +293,7 @@ class Loader:
             _TrainingBatches(source, augment, img_size, num_views, seed, self._broken.limit),
             self._schedule,
             workers=0 if self._images is not None else workers,
+            batch_bytes=4 * num_views * batch_size // world_size * source.in_chans * img_size**2,
             persistent=True,
         )
 
@@ -275,6 +306,14 @@ class Loader:
     def broken(self) -> list[str]:
         """The images that this rank could not read so far."""
         return self._broken.names()
+
+    def close(self) -> None:
+        """End the workers now, also one that waits for a file system which does not answer."""
+        workers = getattr(self._decoded._iterator, "_workers", [])
+        for worker in workers:
+            # The DataLoader would wait five seconds for each before it comes to this.
+            worker.terminate()
+        self._decoded._iterator = None
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from batch number `start` on; one pass at a time.
@@ -317,7 +356,7 @@ class Loader:
 
     def _from_workers(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, ...]]:
         self._schedule.items = [(epoch, part.tolist()) for part in parts]
-        for item in self._decoded:
+        for item in _items(self._decoded):
             self._broken.add(item.broken)
             yield item.pixels, item.sample_id, self.source.labels[item.sample_id]
 
@@ -347,6 +386,7 @@ class EvalBatches:
             _EvaluationBatches(source, augment, img_size),
             schedule,
             workers=0 if isinstance(source, TensorSource) else workers,
+            batch_bytes=4 * batch_size * source.in_chans * img_size**2,
             persistent=False,
         )
 
@@ -362,7 +402,7 @@ class EvalBatches:
         if isinstance(self.source, TensorSource):
             yield from self._in_memory(self.source)
             return
-        for item in self._decoded:
+        for item in _items(self._decoded):
             self._broken.add(item.broken)
             if len(item.sample_id):
                 yield item.pixels, self.source.labels[item.sample_id]
@@ -413,14 +453,53 @@ def permutation(num_images: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(int(word)))
 
 
+def _items(decoded: DataLoader[_Item]) -> Iterator[_Item]:
+    """What the workers hand over; their end, or that of their memory, in one line."""
+    try:
+        yield from decoded
+    except RuntimeError as error:
+        what = str(error).strip().splitlines()[-1]
+        if "DataLoader worker" not in what and "shared memory" not in what:
+            raise
+        room = ""
+        if SHARED_MEMORY.is_dir():
+            total, _, free = shutil.disk_usage(SHARED_MEMORY)
+            room = f" ({SHARED_MEMORY} has {free / 2**20:.0f} of {total / 2**20:.0f} MiB free)"
+        raise DataError(
+            f"a worker that reads images ended: {what}{room}; lower data.workers, or give "
+            f"{SHARED_MEMORY} and the process more memory"
+        ) from error
+
+
+def _check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Refuse workers whose batches do not fit where they have to go."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    # Those that workers are ahead, the one that is used and the one that is on its way.
+    needed = (PREFETCH * workers + 2) * batch_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise ConfigError(
+            f"data.workers: the batches of {workers} workers take {needed / 2**20:.0f} MiB of "
+            f"{SHARED_MEMORY}, which has {free / 2**20:.0f} MiB free; lower data.workers "
+            "(0 takes none) or make it larger (docker run --shm-size)"
+        )
+
+
 def _data_loader(
-    dataset: Dataset[_Item], schedule: _Schedule, *, workers: int, persistent: bool
+    dataset: Dataset[_Item],
+    schedule: _Schedule,
+    *,
+    workers: int,
+    batch_bytes: int,
+    persistent: bool,
 ) -> DataLoader[_Item]:
     """A DataLoader whose items are whole batches, each made by one worker."""
     # More processes than cores only take turns, and torch warns of them.
     workers = min(workers, _num_cores())
     context = None
     if workers:
+        _check_shared_memory(workers, batch_bytes)
         # Forking this process would copy its locks, of CUDA and of OpenMP among others, in whatever
         # state they are. The fork server imports what follows once, so that a worker starts in
         # milliseconds all the same.
@@ -432,6 +511,7 @@ def _data_loader(
         batch_size=None,
         sampler=schedule,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_init_worker,
         multiprocessing_context=context,

@@ -3,6 +3,7 @@
 Legend: N images, C channels, H and W pixels, K waves per class.
 """
 
+import hashlib
 import math
 import os
 import warnings
@@ -10,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ DIGITS_TEST = 360
 SYNTHETIC_CLASSES = 10
 SYNTHETIC_WAVES = 3
 SYNTHETIC_CHUNK = 64
+# Files of which a folder's digest has the size too: asking for all of a million takes minutes on a
+# network file system.
+SIZED_FILES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +65,18 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """What to call image `index` in a message."""
 
+    def identity(self, root: str | None) -> dict[str, Any]:
+        """By which a run knows its images again: their number and a digest, plain values.
+
+        Args:
+            root: folder of the images; moved as a whole they are the same.
+        """
+        return {"number": len(self), "digest": self._digest(root)}
+
+    @abstractmethod
+    def _digest(self, root: str | None) -> str:
+        """Hexadecimal, equal for equal images in the same order."""
+
 
 @dataclass(frozen=True, eq=False)
 class TensorSource(Source):
@@ -84,6 +100,12 @@ class TensorSource(Source):
     def name(self, index: int) -> str:
         """The index, in words."""
         return f"image {index}"
+
+    def _digest(self, root: str | None) -> str:
+        """Of the pixels."""
+        digest = hashlib.sha256(repr(list(self.images.shape)).encode())
+        digest.update(self.images.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> "TensorSource":
         """The same images on another device; views are then computed there."""
@@ -151,6 +173,19 @@ class FolderSource(Source):
         """The path of file `index`."""
         start = int(self.path_ends[index - 1]) if index else 0
         return os.fsdecode(self.path_bytes[start : int(self.path_ends[index])].numpy().tobytes())
+
+    def _digest(self, root: str | None) -> str:
+        """Of all names below `root`, and of the sizes of 10,000 files spread over them."""
+        above = len(os.fsencode(os.path.join(root, ""))) if root else 0
+        paths, ends = self.path_bytes.numpy().tobytes(), self.path_ends.tolist()
+        digest = hashlib.sha256()
+        step = -(-len(ends) // SIZED_FILES)
+        for index, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            path = paths[start:end]
+            digest.update(path[above:] + b"\0")
+            if index % step == 0:
+                digest.update(b"%d\0" % os.stat(path).st_size)
+        return digest.hexdigest()
 
 
 def build_source(

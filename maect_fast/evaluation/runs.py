@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from maect_fast.checkpoint import load_checkpoint
+from maect_fast.checkpoint import load_checkpoint, peek_checkpoint
 from maect_fast.config import Config, load_config
 from maect_fast.data import build_source, eval_batches
 from maect_fast.evaluation.features import Features, extract_features, raw_pixels
@@ -15,11 +15,23 @@ from maect_fast.models.maect import PretrainModel, build_pretrain
 from maect_fast.training.distributed import World, resolve_device
 from maect_fast.training.stages import last_checkpoint
 
-__all__ = ["load_run", "run_encoder", "run_pretrain_model", "split_features"]
+__all__ = ["check_run", "load_run", "run_encoder", "run_pretrain_model", "split_features"]
 
 EVAL_BATCH = 256
 
 Split = Literal["train", "test"]
+
+
+def check_run(run: Path, overrides: Sequence[str], *splits: Split) -> None:
+    """Find out in moments whether a run can be evaluated: checkpoint, settings and images.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+        ConfigError: an override that the configuration does not take, or no images of a split.
+    """
+    config = load_config(peek_checkpoint(last_checkpoint(run))["config"], overrides=overrides)
+    for split in splits:
+        build_source(config.data, config.encoder, split=split)
 
 
 def load_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
@@ -35,7 +47,8 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str
 
 def run_encoder(config: Config, state: dict[str, Any]) -> Encoder:
     """The run's encoder in evaluation mode: its EMA where the run kept one, as published."""
-    encoder = Encoder(config.encoder)
+    # Whatever torch's default dtype: the weights of the file are fp32.
+    encoder = Encoder(config.encoder).float()
     weights = state["encoder_ema"]
     if weights is None:
         prefix = "encoder."

@@ -316,7 +316,12 @@ def _check_mask_ratio(mask_ratio: float, encoder: Encoder) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draw initial weights from `seed` and leave torch's CPU generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+    """Draw initial weights from `seed`, in fp32, and leave torch's CPU generator as it was."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

@@ -97,10 +97,21 @@ class StageState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.model.load_state_dict(state["model"])
+        # Rates, decays and averaging are the configuration's, which may have changed.
+        own = [{**group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
         if self.encoder_ema is not None:
             self.encoder_ema.load_state_dict(state["encoder_ema"])
         self.update = state["update"]
+
+    def forget_images(self) -> None:
+        """Leave the queue's rows without ids and labels: those were of other images."""
+        if isinstance(self.model, ContrastiveModel):
+            queue = self.model.head.loss.queue
+            queue.queue_id.fill_(-1)
+            queue.queue_y.fill_(-1)
 
 
 def build_stage(config: Config, world: World, *, total: int) -> StageState:

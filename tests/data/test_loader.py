@@ -2,6 +2,7 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -500,3 +501,49 @@ def test_workers_end_with_a_killed_program(tmp_path: Path, folder: Path) -> None
     while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+
+
+SHARED = """
+import logging, sys
+from maect_fast.config import AugmentConfig, ConfigError, DataConfig, EncoderConfig
+from maect_fast.data import DataError, Loader, build_source, loader
+
+if __name__ == "__main__":
+    source = build_source(DataConfig(root=sys.argv[1]), EncoderConfig(), split="train")
+    settings = dict(num_views=2, batch_size=4, img_size=224, seed=5, workers=1)
+    try:
+        Loader(source, AugmentConfig(), **settings)
+    except ConfigError as error:
+        print(error)
+    # As if the memory had been there when the run began.
+    loader._check_shared_memory = lambda *_: None
+    try:
+        list(Loader(source, AugmentConfig(), **settings).batches(0))
+    except DataError as error:
+        print(error)
+"""
+
+
+@linux
+def test_shared_memory_that_is_too_small_is_one_line(tmp_path: Path, folder: Path) -> None:
+    """Nobody waits for batches that found no room."""
+    if not shutil.which("unshare") or subprocess.call(["unshare", "-m", "true"]):
+        pytest.skip("needs a mount namespace")
+    program = tmp_path / "program.py"
+    program.write_text(SHARED)
+    root = Path(__file__).parents[2]
+    words = (sys.executable, str(program), str(folder))
+    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" "$1" "$2"', *words],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    before, while_running = done.stdout.splitlines()
+    assert "data.workers: the batches of 1 workers take 18 MiB of /dev/shm, which has" in before
+    assert "a worker that reads images ended: RuntimeError: unable to alloc" in while_running
+    assert "lower data.workers" in while_running
