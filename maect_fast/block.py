@@ -14,13 +14,15 @@ made again by the kernels of their backward.
 """
 
 import functools
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
+from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from maect_fast.attention import FusedAttention
@@ -34,7 +36,17 @@ from maect_fast.kernels.residual_norm.op import (
     residual_norm_fwd,
 )
 
-__all__ = ["FusedBlock", "Stream", "layout_obstacle", "normed", "obstacle", "run_blocks"]
+__all__ = [
+    "FusedBlock",
+    "Stream",
+    "has_global_hooks",
+    "is_bare",
+    "is_capturing",
+    "layout_obstacle",
+    "normed",
+    "obstacle",
+    "run_blocks",
+]
 
 
 class Stream(NamedTuple):
@@ -78,24 +90,24 @@ class FusedBlock(nn.Module):
             is_causal: False.
         """
         if attn_mask is None and not is_causal and obstacle(self, x) is None:
-            return self.advance(Stream(x), keeps_bias=False).added()
+            return self.advance(Stream(x), _cast([self], x), keeps_bias=False).added()
         return self._unfused.forward(self, x, attn_mask, is_causal)  # type: ignore[no-any-return]
 
-    def advance(self, stream: Stream, *, keeps_bias: bool) -> Stream:
-        """The stream behind this block; nothing but `obstacle` is checked.
+    def advance(self, stream: Stream, copies: "Copies", *, keeps_bias: bool) -> Stream:
+        """The stream behind this block; nothing is checked, `obstacle` is the caller's to ask.
 
         Args:
             stream: before it.
+            copies: of its weights, in the dtype of products.
             keeps_bias: the next norm is to add the last bias, or else the last product does.
         """
-        dtype = _product_dtype(stream.r)
         attn, mlp = self.attn, self.mlp
-        r, qkv = _norm_linear(stream, self.norm1, attn.qkv, attn.qkv.bias, dtype)
+        r, qkv = _norm_linear(stream, self.norm1, attn.qkv.weight, attn.qkv.bias, copies)
         o = masked_attention(torch.unflatten(qkv, -1, (3, attn.num_heads, -1))).flatten(-2)
-        p = _linear(o, attn.proj.weight, dtype)
-        r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1, None, dtype)
+        p = _linear(o, attn.proj.weight, copies)
+        r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1.weight, None, copies)
         bias = None if keeps_bias else mlp.fc2.bias
-        a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, dtype)
+        a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, copies)
         return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
 
 
@@ -104,20 +116,28 @@ def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
 
     A block that is no `FusedBlock`, that has an `obstacle` or hooks of its own, is called.
     """
-    for block in blocks:
-        fused = block if isinstance(block, FusedBlock) and _is_bare(block) else None
-        if fused is not None and obstacle(fused, stream.r) is None:
-            stream = fused.advance(stream, keeps_bias=True)
-        else:
-            stream = Stream(block(stream.added()))
+    left = list(blocks)
+    while left:
+        # Behind a fused block the stream is as before it, as far as obstacles go.
+        fused = list(takewhile(lambda block: _is_fused(block, stream.r), left))  # noqa: B023
+        copies = _cast(fused, stream.r)
+        for block in fused:
+            stream = block.advance(stream, copies, keeps_bias=True)
+        if not fused:
+            stream = Stream(left[0](stream.added()))
+        left = left[max(len(fused), 1) :]
     return stream
+
+
+def _is_fused(block: nn.Module, r: Tensor) -> bool:
+    return isinstance(block, FusedBlock) and is_bare(block) and obstacle(block, r) is None
 
 
 def normed(norm: Any, stream: Stream) -> Tensor:
     """The norm of the stream, in the dtype of r, under autocast in fp32."""
     r, branch, bias = stream
     dtype = r.dtype if _autocast_dtype(r) is None else torch.float32
-    if branch is None or not (_is_bare(norm) and _is_layer_norm(norm, r.shape[-1])):
+    if branch is None or not (is_bare(norm) and _is_layer_norm(norm, r.shape[-1])):
         plain: Tensor = norm(stream.added().to(dtype))
         return plain
     weight, shift, eps = norm.weight, norm.bias, norm.eps
@@ -179,7 +199,7 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         if type(drop) is not nn.Identity and (type(drop) is not nn.Dropout or _drops(drop)):
             return "it drops features in training (proj_drop)"
     inside = (*layers.values(), *in_attn.values(), *in_mlp.values())
-    if not all(layer is None or _is_bare(layer) for layer in inside) or _has_global_hooks():
+    if not all(layer is None or is_bare(layer) for layer in inside) or has_global_hooks():
         return "a layer inside has hooks or a forward of its own"
     weights = [layer.weight for layer in (layers["norm1"], layers["norm2"], *linears)]
     if any(weight.device != x.device for weight in weights):
@@ -230,7 +250,7 @@ def _drops(drop: nn.Dropout) -> bool:
     return drop.training and drop.p > 0
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether a call of the module is one of its class's forward, and nothing more."""
     own = vars(module)
     return not (
@@ -243,48 +263,84 @@ def _is_bare(module: nn.Module) -> bool:
     )
 
 
-def _has_global_hooks() -> bool:
-    return bool(
-        module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
+def has_global_hooks() -> bool:
+    """Whether calling any module runs more than that. FlopCounterMode's hooks only look."""
+    hooks = (
+        *module_hooks._global_forward_hooks.values(),
+        *module_hooks._global_forward_pre_hooks.values(),
+        *module_hooks._global_backward_hooks.values(),
+        *module_hooks._global_backward_pre_hooks.values(),
     )
+    return any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
 
 
-# Weights in the dtype of products, by parameter and as of a version of it.
-_CAST = WeakTensorKeyDictionary()
+# Parameters in the dtype of products, by their identity.
+Copies: TypeAlias = dict[int, Tensor]
+# Those of parameters that do not train, as of a version of them.
+_KEPT = WeakTensorKeyDictionary()
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in the dtype of products, cast once for each of its values.
+def _cast(blocks: Sequence["FusedBlock"], like: Tensor) -> Copies:
+    """What the blocks multiply, in the dtype that products of `like` have, cast together.
 
-    A value is known by autograd's version counter, which an optimiser and `load_state_dict` move.
-    Who writes to numbers through `.data`, behind autograd's back, moves nothing: use `no_grad`.
+    Parameters that do not train are cast once for each value, which is known by autograd's version
+    counter. Those that train are cast anew: torch's fused optimisers write without moving it. So
+    does whoever writes through `.data`: use `no_grad`.
     """
-    if x.dtype == dtype:
-        return x.detach()
+    dtype = _product_dtype(like)
+    copies: Copies = {}
+    sources, keys = [], []
+    for block in blocks:
+        attn, mlp = block.attn, block.mlp
+        for x in (*_columns(attn.qkv), attn.proj.weight, mlp.fc1.weight, *_columns(mlp.fc2)):
+            key = None if x.requires_grad else _key(x, dtype)
+            known = _KEPT.get(x)  # type: ignore[no-untyped-call]
+            if x.dtype == dtype:
+                copies[id(x)] = x.detach()
+            elif key is not None and known is not None and known[0] == key:
+                copies[id(x)] = known[1]
+            else:
+                sources.append(x)
+                keys.append(key)
+    if not sources:
+        return copies
+    with torch.inference_mode(False), torch.no_grad():
+        made = [torch.empty_like(x, dtype=dtype) for x in sources]
+        torch._foreach_copy_(made, [x.detach() for x in sources])
+    for x, key, copy in zip(sources, keys, made, strict=True):
+        copies[id(x)] = copy
+        if key is not None:
+            _KEPT[x] = (key, copy)
+        else:
+            # It may be frozen again, as another value of the same version.
+            _KEPT.pop(x, None)  # type: ignore[no-untyped-call]
+    return copies
+
+
+def _columns(linear: nn.Linear) -> tuple[Tensor, ...]:
+    return (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
+
+
+def _key(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    """What tells a value of a parameter; None where nothing does."""
     # What a graph is captured of is run again with other values; inference tensors have no version.
     # Fake ones have neither value nor, without a driver, a stream.
-    is_fake = isinstance(x, FakeTensor)
-    if is_fake or x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return x.detach().to(dtype)
-    of = (x._version, x.data_ptr(), dtype)
-    known: tuple[Any, Tensor] | None = _CAST.get(x)  # type: ignore[no-untyped-call]
-    if known is None or known[0] != of:
-        with torch.inference_mode(False), torch.no_grad():
-            known = (of, x.detach().to(dtype))
-        _CAST[x] = known
-    return known[1]
+    if isinstance(x, FakeTensor) or x.is_inference() or is_capturing(x):
+        return None
+    return x._version, x.data_ptr(), dtype
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether what runs on the tensor's device becomes a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _norm_linear(
-    stream: Stream, norm: nn.LayerNorm, linear: nn.Linear, bias: Tensor | None, dtype: torch.dtype
+    stream: Stream, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None, copies: Copies
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the stream [.., C], and of its norm a linear layer [.., S] in `dtype`."""
-    copies = (_cast(linear.weight, dtype), None if bias is None else _cast(bias, dtype))
-    inputs = (*stream, norm.weight, norm.bias, linear.weight, bias)
-    arguments = (*inputs, *copies, norm.eps)
+    """The sum of the stream [.., C], and of its norm a linear layer [.., S] in products' dtype."""
+    inputs = (*stream, norm.weight, norm.bias, weight, bias)
+    arguments = (*inputs, copies[id(weight)], None if bias is None else copies[id(bias)], norm.eps)
     output: tuple[Tensor, ...]
     if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
         output = _NormLinear.call(*arguments)
@@ -293,9 +349,9 @@ def _norm_linear(
     return output[0], output[1]
 
 
-def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, copies: Copies) -> Tensor:
     """``x W^T``."""
-    arguments = (x, weight, _cast(weight, dtype))
+    arguments = (x, weight, copies[id(weight)])
     result: Tensor
     if needs_gradient(_Part.op, x, weight):
         result = _Linear.call(*arguments)
@@ -305,11 +361,11 @@ def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gelu_linear(
-    h: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    h: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, copies: Copies
 ) -> Tensor:
     """``gelu(h + shift) W^T + bias``."""
     inputs = (h, shift, weight, bias)
-    arguments = (*inputs, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
+    arguments = (*inputs, copies[id(weight)], None if bias is None else copies[id(bias)])
     result: Tensor
     if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
         result = _GELULinear.call(*arguments)
