@@ -259,12 +259,12 @@ def _program(
     compile_blocks: bool,
 ) -> tuple[Callable[[], object], "PretrainModel | ContrastiveModel"]:
     """An update to call, and the model by which its FLOPs are counted."""
-    from maect_fast.training.engine import _update
     from maect_fast.training.stages import build_stage, matrix_dtype
+    from maect_fast.training.update import Update
 
     if provider == OURS:
         state = build_stage(config, world, total=total)
-        return partial(_update, state, state.model, batch, world), state.model
+        return partial(Update(state, state.model, world), batch), state.model
     from maect_fast.benchmarks.stock import StockTuning
 
     stock = StockTuning(

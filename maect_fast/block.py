@@ -14,16 +14,14 @@ made again by the kernels of their backward.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 from torch.utils.module_tracker import ModuleTracker
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from maect_fast.attention import FusedAttention
 from maect_fast.kernels import masked_attention, residual_norm
@@ -41,7 +39,6 @@ __all__ = [
     "Stream",
     "has_global_hooks",
     "is_bare",
-    "is_capturing",
     "layout_obstacle",
     "normed",
     "obstacle",
@@ -119,7 +116,7 @@ def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
     left = list(blocks)
     while left:
         # Behind a fused block the stream is as before it, as far as obstacles go.
-        fused = list(takewhile(lambda block: _is_fused(block, stream.r), left))  # noqa: B023
+        fused: list[Any] = list(takewhile(functools.partial(_is_fused, stream.r), left))
         copies = _cast(fused, stream.r)
         for block in fused:
             stream = block.advance(stream, copies, keeps_bias=True)
@@ -129,7 +126,7 @@ def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
     return stream
 
 
-def _is_fused(block: nn.Module, r: Tensor) -> bool:
+def _is_fused(r: Tensor, block: nn.Module) -> bool:
     return isinstance(block, FusedBlock) and is_bare(block) and obstacle(block, r) is None
 
 
@@ -276,63 +273,34 @@ def has_global_hooks() -> bool:
 
 # Parameters in the dtype of products, by their identity.
 Copies: TypeAlias = dict[int, Tensor]
-# Those of parameters that do not train, as of a version of them.
-_KEPT = WeakTensorKeyDictionary()
 
 
-def _cast(blocks: Sequence["FusedBlock"], like: Tensor) -> Copies:
-    """What the blocks multiply, in the dtype that products of `like` have, cast together.
+@torch.no_grad()
+def _cast(blocks: Iterable[Any], like: Tensor) -> Copies:
+    """What the blocks multiply, in the dtype that products of `like` have, cast in one call.
 
-    Parameters that do not train are cast once for each value, which is known by autograd's version
-    counter. Those that train are cast anew: torch's fused optimisers write without moving it. So
-    does whoever writes through `.data`: use `no_grad`.
+    For one pass only: torch's fused optimisers and its foreach ops on a GPU write parameters
+    without moving autograd's version counter, so nothing tells whether a kept copy is still one.
     """
     dtype = _product_dtype(like)
     copies: Copies = {}
-    sources, keys = [], []
+    others = []
     for block in blocks:
         attn, mlp = block.attn, block.mlp
         for x in (*_columns(attn.qkv), attn.proj.weight, mlp.fc1.weight, *_columns(mlp.fc2)):
-            key = None if x.requires_grad else _key(x, dtype)
-            known = _KEPT.get(x)  # type: ignore[no-untyped-call]
             if x.dtype == dtype:
                 copies[id(x)] = x.detach()
-            elif key is not None and known is not None and known[0] == key:
-                copies[id(x)] = known[1]
             else:
-                sources.append(x)
-                keys.append(key)
-    if not sources:
-        return copies
-    with torch.inference_mode(False), torch.no_grad():
-        made = [torch.empty_like(x, dtype=dtype) for x in sources]
-        torch._foreach_copy_(made, [x.detach() for x in sources])
-    for x, key, copy in zip(sources, keys, made, strict=True):
-        copies[id(x)] = copy
-        if key is not None:
-            _KEPT[x] = (key, copy)
-        else:
-            # It may be frozen again, as another value of the same version.
-            _KEPT.pop(x, None)  # type: ignore[no-untyped-call]
+                others.append(x)
+    if others:
+        made = [torch.empty_like(x, dtype=dtype) for x in others]
+        torch._foreach_copy_(made, others)
+        copies.update(zip(map(id, others), made, strict=True))
     return copies
 
 
 def _columns(linear: nn.Linear) -> tuple[Tensor, ...]:
     return (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
-
-
-def _key(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    """What tells a value of a parameter; None where nothing does."""
-    # What a graph is captured of is run again with other values; inference tensors have no version.
-    # Fake ones have neither value nor, without a driver, a stream.
-    if isinstance(x, FakeTensor) or x.is_inference() or is_capturing(x):
-        return None
-    return x._version, x.data_ptr(), dtype
-
-
-def is_capturing(x: Tensor) -> bool:
-    """Whether what runs on the tensor's device becomes a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _norm_linear(

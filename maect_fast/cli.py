@@ -107,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="RUN",
                 help="pretrain run whose decoder reconstruction_weight uses",
             )
+        train.add_argument(
+            "--no-capture",
+            action="store_true",
+            help="on a GPU, launch updates kernel by kernel instead of as one CUDA graph",
+        )
         train.set_defaults(run=_train)
 
     plan = commands.add_parser(
@@ -186,7 +191,8 @@ def _train(options: argparse.Namespace) -> int:
             f"--init: {stage} starts from the stage before (or give --from-scratch for a control)"
         )
     decoder = options.decoder if stage == "tune" else None
-    if run_stage(config, options.out, init=options.init, decoder=decoder):
+    capture = not options.no_capture
+    if run_stage(config, options.out, init=options.init, decoder=decoder, capture=capture):
         return 0
     print(f"stopped and saved; the same command continues {options.out}", file=sys.stderr)
     return 0

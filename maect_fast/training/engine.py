@@ -28,8 +28,8 @@ from maect_fast.checkpoint import (
     write_atomically,
 )
 from maect_fast.config import Config, ConfigError, load_config, profile_window, save_config
-from maect_fast.data import Batch, Loader, build_source
-from maect_fast.profiling import Profile, profile_range
+from maect_fast.data import Loader, build_source
+from maect_fast.profiling import Profile
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.log import RunLog
 from maect_fast.training.memory import check_memory
@@ -37,9 +37,9 @@ from maect_fast.training.stages import (
     StageState,
     build_stage,
     last_checkpoint,
-    matrix_dtype,
     start_weights,
 )
+from maect_fast.training.update import TrainingError, Update
 
 __all__ = ["TrainingError", "run_stage"]
 
@@ -60,12 +60,13 @@ MAY_CHANGE = {
 }
 
 
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says why and from where it can be continued."""
-
-
 def run_stage(
-    config: Config, out: Path, *, init: Path | None = None, decoder: Path | None = None
+    config: Config,
+    out: Path,
+    *,
+    init: Path | None = None,
+    decoder: Path | None = None,
+    capture: bool = True,
 ) -> bool:
     """Run `config.stage` in the run directory `out`; a directory with a run in it is continued.
 
@@ -76,6 +77,7 @@ def run_stage(
         out: run directory, made if missing.
         init: where a new run's weights come from; see `start_weights`.
         decoder: the pretrain run whose decoder a reconstruction loss uses.
+        capture: on a GPU, one CUDA graph per update where that is possible; see `Update`.
 
     Returns:
         True when the run is finished, False when a signal stopped it after a save.
@@ -116,20 +118,29 @@ def run_stage(
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.yaml", lambda temporary: save_config(config, temporary))
-    finished = _loop(state, loader, world, out, profile)
+    finished = _loop(state, loader, world, out, profile, capture=capture)
     if loader.broken:
         count = len(loader.broken)
         print(f"rank {world.rank}: {count} unreadable images were replaced", file=sys.stderr)  # noqa: T201
     return finished
 
 
-def _loop(state: StageState, loader: Loader, world: World, out: Path, profile: Profile) -> bool:
+def _loop(
+    state: StageState,
+    loader: Loader,
+    world: World,
+    out: Path,
+    profile: Profile,
+    *,
+    capture: bool,
+) -> bool:
     """Train until the last update or a signal."""
     config = state.config
     model: nn.Module = state.model
     if world.size > 1:
         # The queue is kept equal on all ranks by a deterministic enqueue, so nothing is broadcast.
         model = nn.parallel.DistributedDataParallel(state.model, broadcast_buffers=False)
+    update = Update(state, model, world, capture=capture)
     has_labels = bool((loader.source.labels >= 0).any())
     meter = _Meter(config, world, left_out=() if has_labels else ("nn_accuracy",))
     saved = time.monotonic()
@@ -140,7 +151,7 @@ def _loop(state: StageState, loader: Loader, world: World, out: Path, profile: P
         while state.update < state.total:
             epoch, position = divmod(state.update, loader.updates_per_epoch)
             for batch in profile.batches(loader.batches(epoch, position), state.update):
-                meter.add(_update(state, model, batch, world))
+                meter.add(update(batch))
                 log.advance()
                 is_last = state.update == state.total
                 is_kept = state.update % (config.checkpoint_every * loader.updates_per_epoch) == 0
@@ -159,20 +170,6 @@ def _loop(state: StageState, loader: Loader, world: World, out: Path, profile: P
                 if must_stop and not is_last:
                     return False
     return True
-
-
-def _update(state: StageState, model: nn.Module, batch: Batch, world: World) -> dict[str, Tensor]:
-    """Forward, backward, optimiser, EMAs, of a batch on the device. No host sync."""
-    device = world.device
-    use_bf16 = matrix_dtype(state.config, device) == torch.bfloat16
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
-        outputs: dict[str, Tensor] = model(
-            batch.views, sample_id=batch.sample_id, label=batch.label, step=state.update
-        )
-    with profile_range("backward"):
-        outputs["loss"].backward()  # type: ignore[no-untyped-call]
-    state.apply_gradients()
-    return {name: value.detach() for name, value in outputs.items()}
 
 
 class _Meter:
@@ -214,7 +211,7 @@ class _Meter:
             "update": state.update,
             "epoch": round(state.update / updates_per_epoch, 4),
             **metrics,
-            "lr": max(group["lr"] for group in groups),
+            "lr": max(group["base_lr"] for group in groups) * state.lr_factor(state.update - 1),
             "images_per_second": round(rate, 1),
         }
         self._reset()

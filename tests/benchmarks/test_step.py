@@ -19,8 +19,8 @@ from maect_fast.models.encoder import Encoder
 from maect_fast.models.head import NNCLRHead
 from maect_fast.models.maect import ContrastiveModel, PretrainModel
 from maect_fast.training.distributed import init_world
-from maect_fast.training.engine import _update
 from maect_fast.training.stages import build_stage
+from maect_fast.training.update import Update
 
 RATE = 1e11
 
@@ -141,7 +141,7 @@ def test_formulas_against_what_torch_counts(stage: Stage, more: list[str]) -> No
     state = build_stage(config, world, total=9)
     batch = Batch(torch.randn(2, 4, 1, 32, 32), torch.arange(4), torch.zeros(4).long())
     with FlopCounterMode(display=False) as counter:
-        _update(state, state.model, batch, world)
+        Update(state, state.model, world)(batch)
     counts = counter.get_flop_counts()["Global"]
     again = sum(count for op, count in counts.items() if "attention_bwd" in str(op)) // 5
     assert (again > 0) == (stage != "prepare-head")

@@ -20,8 +20,8 @@ from maect_fast.config import Config, load_config
 from maect_fast.data import Batch
 from maect_fast.models.maect import ContrastiveModel, PretrainModel
 from maect_fast.training.distributed import init_world
-from maect_fast.training.engine import _update
 from maect_fast.training.stages import StageState, build_stage, last_checkpoint, start_weights
+from maect_fast.training.update import Update
 
 BATCH, TOTAL, WARMUP = 16, 12, 2
 FIRST = 1  # the three updates see the last warm-up rate, the peak and the first decayed rate
@@ -201,7 +201,7 @@ def learning_rates(state: StageState) -> dict[str, dict[str, float]]:
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             part, _, name = names[id(parameter)].partition(".")
-            found.setdefault(part, {})[name] = group["lr"]
+            found.setdefault(part, {})[name] = float(group["lr"])
     return found
 
 
@@ -249,8 +249,9 @@ def run_contrastive(config: Config, precision: Precision) -> None:
     start = dict(encoder)
     moments = {part: paper.Moments() for part in ("encoder", "head", "decoder")}
     grads = watch_gradients(model)
+    make_update = Update(state, model, init_world("cpu"))
     for update, batch in enumerate(batches(precision), FIRST):
-        outputs = _update(state, model, batch, init_world("cpu"))
+        outputs = make_update(batch)
         masked = None
         if decoder is not None:
             masked = masked_pass(decoder, config, update, config.reconstruction_weight)
@@ -291,8 +292,9 @@ def test_stage_1(precision: Precision) -> None:
     encoder, decoder = official(model.encoder), official(model.decoder)
     moments = {"encoder": paper.Moments(), "decoder": paper.Moments()}
     grads = watch_gradients(model)
+    make_update = Update(state, model, init_world("cpu"))
     for update, batch in enumerate(batches(precision), FIRST):
-        outputs = _update(state, model, batch, init_world("cpu"))
+        outputs = make_update(batch)
         masked = masked_pass(decoder, config, update)
         expected = paper.pretrain_step(encoder, masked, moments, batch.views, settings, update)
         assert_same_update(state, outputs, grads, expected, tolerance)
@@ -303,8 +305,9 @@ def test_stage_1(precision: Precision) -> None:
 def test_stage_3_starts_where_stage_2_ended(tmp_path: Path) -> None:
     """Encoder, head, statistics and queue go on; only the target projector is new: a true copy."""
     stage2 = build(tiny_config(STAGE2, FP32), FP32)
+    make_update = Update(stage2, stage2.model, init_world("cpu"))
     for batch in batches(FP32):
-        _update(stage2, stage2.model, batch, init_world("cpu"))
+        make_update(batch)
     stage2.update = TOTAL
     save_checkpoint(last_checkpoint(tmp_path), stage2.state_dict())
     stage3 = build(tiny_config(STAGE3, FP32, seed=6), FP32)
