@@ -129,11 +129,7 @@ class Update:
         """Record an update, which makes none."""
         state, graph = self.state, torch.cuda.CUDAGraph()
         inputs = Batch(*(x.clone() for x in _tensors(batch)))
-        groups = state.optimizer.param_groups
         try:
-            for group in groups:
-                # Fused, AdamW is what it was; it asks for the word.
-                group["capturable"] = True
             # Other threads, the loader's, may go on allocating.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 outputs = self._launch(inputs)
@@ -144,9 +140,6 @@ class Update:
                 f"update {state.update} could not be captured in a CUDA graph ({reason}); the same "
                 "command with --no-capture trains without one, from the last saved checkpoint"
             ) from error
-        finally:
-            for group in groups:
-                group["capturable"] = False
         return _Captured(graph, inputs, outputs)
 
 
