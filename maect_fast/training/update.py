@@ -75,6 +75,11 @@ class Update:
             elif world.rank == 0:
                 print(f"updates run without a CUDA graph: {reason}", file=sys.stderr)  # noqa: T201
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether there is a graph by now."""
+        return self._captured is not None
+
     def __call__(self, batch: Batch) -> Outputs:
         """Make an update of a batch on the device; no host sync, but for the capture's own.
 
