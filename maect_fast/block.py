@@ -15,13 +15,13 @@ made again by the kernels of their backward.
 
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from itertools import takewhile
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.module_tracker import ModuleTracker
 
 from maect_fast.attention import FusedAttention, is_bare
 from maect_fast.kernels import masked_attention, residual_norm
@@ -34,7 +34,16 @@ from maect_fast.kernels.residual_norm.op import (
     residual_norm_fwd,
 )
 
-__all__ = ["FusedBlock", "Stream", "layout_obstacle", "normed", "obstacle", "run_blocks"]
+__all__ = [
+    "FusedBlock",
+    "Stream",
+    "has_global_hooks",
+    "is_bare",
+    "layout_obstacle",
+    "normed",
+    "obstacle",
+    "run_blocks",
+]
 
 
 class Stream(NamedTuple):
@@ -78,24 +87,24 @@ class FusedBlock(nn.Module):
             is_causal: False.
         """
         if attn_mask is None and not is_causal and obstacle(self, x) is None:
-            return self.advance(Stream(x), keeps_bias=False).added()
+            return self.advance(Stream(x), _cast([self], x), keeps_bias=False).added()
         return self._unfused.forward(self, x, attn_mask, is_causal)  # type: ignore[no-any-return]
 
-    def advance(self, stream: Stream, *, keeps_bias: bool) -> Stream:
-        """The stream behind this block; nothing but `obstacle` is checked.
+    def advance(self, stream: Stream, copies: "Copies", *, keeps_bias: bool) -> Stream:
+        """The stream behind this block; nothing is checked, `obstacle` is the caller's to ask.
 
         Args:
             stream: before it.
+            copies: of its weights, in the dtype of products.
             keeps_bias: the next norm is to add the last bias, or else the last product does.
         """
-        dtype = _product_dtype(stream.r)
         attn, mlp = self.attn, self.mlp
-        r, qkv = _norm_linear(stream, self.norm1, attn.qkv, attn.qkv.bias, dtype)
+        r, qkv = _norm_linear(stream, self.norm1, attn.qkv.weight, attn.qkv.bias, copies)
         o = masked_attention(torch.unflatten(qkv, -1, (3, attn.num_heads, -1))).flatten(-2)
-        p = _linear(o, attn.proj.weight, dtype)
-        r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1, None, dtype)
+        p = _linear(o, attn.proj.weight, copies)
+        r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1.weight, None, copies)
         bias = None if keeps_bias else mlp.fc2.bias
-        a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, dtype)
+        a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, copies)
         return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
 
 
@@ -104,13 +113,21 @@ def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
 
     A block that is no `FusedBlock`, that has an `obstacle` or hooks of its own, is called.
     """
-    for block in blocks:
-        fused = block if isinstance(block, FusedBlock) and is_bare(block) else None
-        if fused is not None and obstacle(fused, stream.r) is None:
-            stream = fused.advance(stream, keeps_bias=True)
-        else:
-            stream = Stream(block(stream.added()))
+    left = list(blocks)
+    while left:
+        # Behind a fused block the stream is as before it, as far as obstacles go.
+        fused: list[Any] = list(takewhile(functools.partial(_is_fused, stream.r), left))
+        copies = _cast(fused, stream.r)
+        for block in fused:
+            stream = block.advance(stream, copies, keeps_bias=True)
+        if not fused:
+            stream = Stream(left[0](stream.added()))
+        left = left[max(len(fused), 1) :]
     return stream
+
+
+def _is_fused(r: Tensor, block: nn.Module) -> bool:
+    return isinstance(block, FusedBlock) and is_bare(block) and obstacle(block, r) is None
 
 
 def normed(norm: Any, stream: Stream) -> Tensor:
@@ -179,7 +196,7 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         if type(drop) is not nn.Identity and (type(drop) is not nn.Dropout or _drops(drop)):
             return "it drops features in training (proj_drop)"
     inside = (*layers.values(), *in_attn.values(), *in_mlp.values())
-    if not all(layer is None or is_bare(layer) for layer in inside) or _has_global_hooks():
+    if not all(layer is None or is_bare(layer) for layer in inside) or has_global_hooks():
         return "a layer inside has hooks or a forward of its own"
     weights = [layer.weight for layer in (layers["norm1"], layers["norm2"], *linears)]
     if any(weight.device != x.device for weight in weights):
@@ -230,48 +247,55 @@ def _drops(drop: nn.Dropout) -> bool:
     return drop.training and drop.p > 0
 
 
-def _has_global_hooks() -> bool:
-    return bool(
-        module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
+def has_global_hooks() -> bool:
+    """Whether calling any module runs more than that. FlopCounterMode's hooks only look."""
+    hooks = (
+        *module_hooks._global_forward_hooks.values(),
+        *module_hooks._global_forward_pre_hooks.values(),
+        *module_hooks._global_backward_hooks.values(),
+        *module_hooks._global_backward_pre_hooks.values(),
     )
+    return any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
 
 
-# Weights in the dtype of products, by parameter and as of a version of it.
-_CAST = WeakTensorKeyDictionary()
+# Parameters in the dtype of products, by their identity.
+Copies: TypeAlias = dict[int, Tensor]
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in the dtype of products, cast once for each of its values.
+@torch.no_grad()
+def _cast(blocks: Iterable[Any], like: Tensor) -> Copies:
+    """What the blocks multiply, in the dtype that products of `like` have, cast in one call.
 
-    A value is known by autograd's version counter, which an optimiser and `load_state_dict` move.
-    Who writes to numbers through `.data`, behind autograd's back, moves nothing: use `no_grad`.
+    For one pass only: torch's fused optimisers and its foreach ops on a GPU write parameters
+    without moving autograd's version counter, so nothing tells whether a kept copy is still one.
     """
-    if x.dtype == dtype:
-        return x.detach()
-    # What a graph is captured of is run again with other values; inference tensors have no version.
-    # Fake ones have neither value nor, without a driver, a stream.
-    is_fake = isinstance(x, FakeTensor)
-    if is_fake or x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return x.detach().to(dtype)
-    of = (x._version, x.data_ptr(), dtype)
-    known: tuple[Any, Tensor] | None = _CAST.get(x)  # type: ignore[no-untyped-call]
-    if known is None or known[0] != of:
-        with torch.inference_mode(False), torch.no_grad():
-            known = (of, x.detach().to(dtype))
-        _CAST[x] = known
-    return known[1]
+    dtype = _product_dtype(like)
+    copies: Copies = {}
+    others = []
+    for block in blocks:
+        attn, mlp = block.attn, block.mlp
+        for x in (*_columns(attn.qkv), attn.proj.weight, mlp.fc1.weight, *_columns(mlp.fc2)):
+            if x.dtype == dtype:
+                copies[id(x)] = x.detach()
+            else:
+                others.append(x)
+    if others:
+        made = [torch.empty_like(x, dtype=dtype) for x in others]
+        torch._foreach_copy_(made, others)
+        copies.update(zip(map(id, others), made, strict=True))
+    return copies
+
+
+def _columns(linear: nn.Linear) -> tuple[Tensor, ...]:
+    return (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
 
 
 def _norm_linear(
-    stream: Stream, norm: nn.LayerNorm, linear: nn.Linear, bias: Tensor | None, dtype: torch.dtype
+    stream: Stream, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None, copies: Copies
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the stream [.., C], and of its norm a linear layer [.., S] in `dtype`."""
-    copies = (_cast(linear.weight, dtype), None if bias is None else _cast(bias, dtype))
-    inputs = (*stream, norm.weight, norm.bias, linear.weight, bias)
-    arguments = (*inputs, *copies, norm.eps)
+    """The sum of the stream [.., C], and of its norm a linear layer [.., S] in products' dtype."""
+    inputs = (*stream, norm.weight, norm.bias, weight, bias)
+    arguments = (*inputs, copies[id(weight)], None if bias is None else copies[id(bias)], norm.eps)
     output: tuple[Tensor, ...]
     if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
         output = _NormLinear.call(*arguments)
@@ -280,9 +304,9 @@ def _norm_linear(
     return output[0], output[1]
 
 
-def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, copies: Copies) -> Tensor:
     """``x W^T``."""
-    arguments = (x, weight, _cast(weight, dtype))
+    arguments = (x, weight, copies[id(weight)])
     result: Tensor
     if needs_gradient(_Part.op, x, weight):
         result = _Linear.call(*arguments)
@@ -292,11 +316,11 @@ def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gelu_linear(
-    h: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    h: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, copies: Copies
 ) -> Tensor:
     """``gelu(h + shift) W^T + bias``."""
     inputs = (h, shift, weight, bias)
-    arguments = (*inputs, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
+    arguments = (*inputs, copies[id(weight)], None if bias is None else copies[id(bias)])
     result: Tensor
     if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
         result = _GELULinear.call(*arguments)

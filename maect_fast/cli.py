@@ -161,6 +161,11 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="RUN",
                 help="pretrain run whose decoder reconstruction_weight uses",
             )
+        train.add_argument(
+            "--no-capture",
+            action="store_true",
+            help="on a GPU, launch updates kernel by kernel instead of as one CUDA graph",
+        )
         train.set_defaults(run=_train)
 
     plan = commands.add_parser(
@@ -268,6 +273,7 @@ def _train(options: argparse.Namespace) -> int:
         out,
         init=options.init,
         decoder=decoder,
+        capture=not options.no_capture,
         restart=options.restart,
         change=[word.partition("=")[0] for word in options.change],
     )

@@ -25,7 +25,6 @@ def fuse(model: ModelT) -> ModelT:
 
     timm's plain `Block` becomes a `FusedBlock`, which fuses norms, biases and GELU as well: on a
     GPU, under autocast or in bfloat16 or float16. `why_not` says where a block does not, and why.
-    It keeps weights as autocast casts them until they change; a change through `.data` is not seen.
 
     Args:
         model: any model with timm's `Attention`, MAE-CT's `FlashAttentionWrapper` or torchvision's

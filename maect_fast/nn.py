@@ -247,10 +247,11 @@ class NNCLRLoss(nn.Module):
                 group=self.group,
                 transposed=self.transposed,
             )
-        accuracy = torch.zeros_like(loss)
         if label is not None and found.label_hit is not None:
             known = (label >= 0) & (self.queue.queue_y[found.picked_index[0]] >= 0)
             accuracy = found.label_hit[0].sum() / known.sum().clamp_min(1)
+        else:
+            accuracy = torch.zeros_like(loss)
         if self.training:
             # Only now: the search must not find this batch.
             with profile_range("enqueue"):

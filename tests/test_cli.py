@@ -50,6 +50,19 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+def test_a_run_may_be_told_not_to_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+
+    def noted(*_: object, capture: bool, **__: object) -> bool:
+        found.append(capture)
+        return True
+
+    monkeypatch.setattr("maect_fast.training.engine.run_stage", noted)
+    command = ["pretrain", "--recipe", "digits", "--out", str(tmp_path)]
+    assert main(command) == main([*command, "--no-capture"]) == 0
+    assert found == [True, False]
+
+
 def test_unlabelled_folder_through_all_stages(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from maect_fast.checkpoint import (
@@ -25,9 +25,8 @@ from maect_fast.checkpoint import (
     write_atomically,
 )
 from maect_fast.config import Config, ConfigError, load_config, profile_window
-from maect_fast.data import Batch, Loader, build_source
-from maect_fast.errors import UserError
-from maect_fast.profiling import Profile, profile_range
+from maect_fast.data import Loader, build_source
+from maect_fast.profiling import Profile
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.finite import check_finite, not_finite
 from maect_fast.training.log import RunLog
@@ -44,18 +43,14 @@ from maect_fast.training.stages import (
     StageState,
     build_stage,
     last_checkpoint,
-    matrix_dtype,
     start_weights,
 )
+from maect_fast.training.update import TrainingError, Update
 
 __all__ = ["TrainingError", "run_stage"]
 
 # A rank that alone waits for data goes on waiting for so many seconds after a signal.
 PATIENCE_SECONDS = 5.0
-
-
-class TrainingError(UserError, RuntimeError):
-    """The run cannot go on; the message says why and from where it can be continued."""
 
 
 def run_stage(
@@ -64,6 +59,7 @@ def run_stage(
     *,
     init: Path | None = None,
     decoder: Path | None = None,
+    capture: bool = True,
     restart: bool = False,
     change: Collection[str] = (),
 ) -> bool:
@@ -81,6 +77,7 @@ def run_stage(
         restart: set a run that is there aside, and start anew.
         change: settings, or groups of settings, in which `config` may differ from that of the run
             that is continued; "data.root" allows for other images.
+        capture: on a GPU, one CUDA graph per update where that is possible; see `Update`.
 
     Returns:
         True when the run is finished, False when a signal stopped it after a save.
@@ -96,7 +93,7 @@ def run_stage(
         world.watch.patience = config.rank_timeout
     with ExitStack() as held:
         on_first_rank(world, lambda: held.enter_context(run_directory(out, restart=restart)))
-        return _run(config, out, world, init=init, decoder=decoder, change=change)
+        return _run(config, out, world, init=init, decoder=decoder, change=change, capture=capture)
 
 
 def _run(
@@ -107,6 +104,7 @@ def _run(
     init: Path | None,
     decoder: Path | None,
     change: Collection[str],
+    capture: bool,
 ) -> bool:
     """`run_stage` in a directory that is ours."""
     profile = _profile(config, world, out)
@@ -163,7 +161,7 @@ def _run(
         # From here on a directory with metrics has a checkpoint, and a disk that cannot take one is
         # found out before the first update.
         save(keep=False)
-    finished = _loop(state, loader, world, out, profile, meter, save)
+    finished = _loop(state, loader, world, out, profile, meter, save, capture=capture)
     if loader.broken:
         count = len(loader.broken)
         print(f"rank {world.rank}: {count} unreadable images were replaced", file=sys.stderr)  # noqa: T201
@@ -178,6 +176,8 @@ def _loop(
     profile: Profile,
     meter: Meter,
     save: Callable[..., None],
+    *,
+    capture: bool,
 ) -> bool:
     """Train until the last update or a signal."""
     config = state.config
@@ -185,6 +185,7 @@ def _loop(
     if world.size > 1:
         # The queue is kept equal on all ranks by a deterministic enqueue, so nothing is broadcast.
         model = nn.parallel.DistributedDataParallel(state.model, broadcast_buffers=False)
+    update = Update(state, model, world, capture=capture)
     saved = time.monotonic()
     log = RunLog(
         out, title=config.stage, start=state.update, total=state.total, active=world.rank == 0
@@ -195,7 +196,7 @@ def _loop(
             epoch, position = divmod(state.update, loader.updates_per_epoch)
             batches = profile.batches(loader.batches(epoch, position), state.update)
             for batch in stop.awaiting(batches):
-                meter.add(_update(state, model, batch, world))
+                meter.add(update(batch))
                 log.advance()
                 if config.profile is None:
                     world.beat(state.update)
@@ -227,20 +228,6 @@ def _loop(
                 save(keep=False)
                 return False
     return True
-
-
-def _update(state: StageState, model: nn.Module, batch: Batch, world: World) -> dict[str, Tensor]:
-    """Forward, backward, optimiser, EMAs, of a batch on the device. No host sync."""
-    device = world.device
-    use_bf16 = matrix_dtype(state.config, device) == torch.bfloat16
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
-        outputs: dict[str, Tensor] = model(
-            batch.views, sample_id=batch.sample_id, label=batch.label, step=state.update
-        )
-    with profile_range("backward"):
-        outputs["loss"].backward()  # type: ignore[no-untyped-call]
-    state.apply_gradients()
-    return {name: value.detach() for name, value in outputs.items()}
 
 
 def _save(

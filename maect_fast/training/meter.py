@@ -69,7 +69,7 @@ class Meter:
             "update": state.update,
             "epoch": round(state.update / updates_per_epoch, 4),
             **metrics,
-            "lr": max(group["lr"] for group in groups),
+            "lr": max(group["base_lr"] for group in groups) * state.lr_factor(state.update - 1),
             "images_per_second": round(rate, 1),
         }
         if math.isfinite(metrics["loss"]):

@@ -23,10 +23,9 @@ from maect_fast.models.maect import (
     build_contrastive,
     build_pretrain,
 )
-from maect_fast.profiling import profile_range
 from maect_fast.training.distributed import World
 from maect_fast.training.ema import EncoderEma
-from maect_fast.training.optim import build_optimizer, param_groups, set_lr
+from maect_fast.training.optim import build_optimizer, param_groups
 from maect_fast.training.schedule import warmup_cosine
 
 __all__ = [
@@ -65,23 +64,17 @@ class StageState:
     update: int = 0
     """Updates done."""
 
-    def lr_factor(self) -> float:
-        """Schedule factor of the next update, in (0, 1]."""
+    def lr_factor(self, update: int) -> float:
+        """Schedule factor of an update, in (0, 1]."""
         warmup = int(self.config.optim.warmup * self.total)
-        return warmup_cosine(self.update, total=self.total, warmup=warmup)
+        return warmup_cosine(update, total=self.total, warmup=warmup)
 
-    def apply_gradients(self) -> None:
-        """One optimiser update at the scheduled rate, then both EMAs."""
-        with profile_range("optimiser"):
-            set_lr(self.optimizer, self.lr_factor())
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        with profile_range("EMA"):
-            if isinstance(self.model, ContrastiveModel):
-                self.model.head.update_target()
-            if self.encoder_ema is not None:
-                self.encoder_ema.update()
-        self.update += 1
+    def update_averages(self) -> None:
+        """Both EMAs, after an optimiser step."""
+        if isinstance(self.model, ContrastiveModel):
+            self.model.head.update_target()
+        if self.encoder_ema is not None:
+            self.encoder_ema.update()
 
     def state_dict(self) -> dict[str, Any]:
         """The part of a checkpoint that is alike on all ranks."""

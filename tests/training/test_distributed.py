@@ -89,7 +89,8 @@ def count_messages(world: World) -> list[int]:
             with gather as gathers:
                 ids = torch.arange(4) + 4 * world.rank
                 torch.autograd.backward(model(views, step=step, sample_id=ids, label=ids)["loss"])
-        state.apply_gradients()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
     all_messages = messages_of(group) - before
     return [gathers.call_count, sums.call_count, all_messages]
 

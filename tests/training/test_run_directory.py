@@ -18,14 +18,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import Tensor
 
 from maect_fast.checkpoint import load_checkpoint, save_checkpoint
 from maect_fast.cli import main
 from maect_fast.config import ConfigError, Stage
-from maect_fast.training import engine
+from maect_fast.data import Batch
 from maect_fast.training.log import read_metrics
 from maect_fast.training.run_directory import LOCK, check_writable, run_directory
 from maect_fast.training.stages import last_checkpoint
+from maect_fast.training.update import Update
 
 TOTAL = 8
 
@@ -49,16 +51,16 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
     """Let the next run end with a signal after so many updates."""
-    update = engine._update
+    update = Update.__call__
     left = [updates]
 
-    def update_then_term(*arguments: Any) -> Any:
+    def update_then_term(self: Update, batch: Batch) -> dict[str, Tensor]:
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(*arguments)
+        return update(self, batch)
 
-    monkeypatch.setattr(engine, "_update", update_then_term)
+    monkeypatch.setattr(Update, "__call__", update_then_term)
 
 
 def test_a_directory_has_one_writer(
@@ -304,15 +306,15 @@ def test_a_diverged_run_prints_the_command_that_continues_it(
     told: Callable[[], str],
 ) -> None:
     out = tmp_path / "run"
-    update, bad = engine._update, [3]
+    update, bad = Update.__call__, [3]
 
-    def diverge(state: Any, *arguments: Any) -> Any:
-        metrics = update(state, *arguments)
-        if state.update == bad[0]:
+    def diverge(self: Update, batch: Batch) -> dict[str, Tensor]:
+        metrics = update(self, batch)
+        if self.state.update == bad[0]:
             metrics["loss"] *= math.nan
         return metrics
 
-    monkeypatch.setattr(engine, "_update", diverge)
+    monkeypatch.setattr(Update, "__call__", diverge)
     assert pretrain(out, "save_minutes=0") == 2
     line = told()
     assert "the run diverged: the loss is nan at update 3" in line
