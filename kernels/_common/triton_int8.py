@@ -34,6 +34,6 @@ def row_scale(largest):
 
 @triton.jit
 def quantized(x, scale):
-    """x [M, D] fp32 in steps of scale [M], int8; half-way it may go to either side."""
+    """X [M, D] fp32 in steps of scale [M], int8; half-way it may go to either side."""
     steps = x * (1.0 / scale)[:, None] + ROUNDER
     return steps.to(tl.int32, bitcast=True).to(tl.int8)

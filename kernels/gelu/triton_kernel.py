@@ -353,8 +353,8 @@ def machine_code(arch: int) -> Iterator[Launch]:
             yield Launch(kernel=fwd_kernel, row=row, call=call, variant=variant)
         for row in fitting([FORWARD_INT8[dtype != torch.float32]], arch):
             h, bias = _inputs_at(row, dtype)
-            call = partial(forward_int8, h, bias, row)
-            yield Launch(kernel=int8_kernel, row=row, call=call, variant=variant)
+            into_int8 = partial(forward_int8, h, bias, row)
+            yield Launch(kernel=int8_kernel, row=row, call=into_int8, variant=variant)
         for row in fitting([BACKWARD[dtype != torch.float32]], arch):
             h, bias = _inputs_at(row, dtype)
             yield Launch(

@@ -34,9 +34,7 @@ def triton_obstacle(x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) ->
 def _is_triton(backend: str, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the kernel runs: "auto" takes it on CUDA wherever it can."""
     return backend == "triton" or (
-        backend == "auto"
-        and gpu.is_gpu(x_scale)
-        and triton_obstacle(x_scale, bias, dtype) is None
+        backend == "auto" and gpu.is_gpu(x_scale) and triton_obstacle(x_scale, bias, dtype) is None
     )
 
 

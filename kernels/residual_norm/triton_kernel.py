@@ -195,9 +195,7 @@ def machine_code(arch: int) -> Iterator[Launch]:
             yield Launch(kernel=bwd_kernel, row=row, call=call, variant=variant)
 
 
-def _forward_at(
-    row: LaunchRow, stream: torch.dtype, half: torch.dtype, dtype: torch.dtype
-) -> None:
+def _forward_at(row: LaunchRow, stream: torch.dtype, half: torch.dtype, dtype: torch.dtype) -> None:
     M, D = row.sizes["M"], row.sizes["D"]
     r, branch = (torch.empty(M, D, dtype=dtype, device="meta") for dtype in (stream, half))
     weight = torch.empty(D, device="meta")
