@@ -9,12 +9,15 @@ are added, and their gradients summed, inside the ops beside the matrix products
     r, h = norm_linear(r, p, b_proj, norm2, fc1)
     a = gelu_linear(h, b_fc1, fc2)
 
+A frozen block may have qkv, fc1 and fc2 in int8: norm and GELU write rows with a scale each. What
+proj reads has no such pass before it, and stays as it is.
+
 Saved for the backward are r twice, qkv, the attention's output and h: what norm and GELU gave is
 made again by the kernels of their backward.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +27,14 @@ from torch.nn.modules import module as module_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from maect_fast.attention import FusedAttention
-from maect_fast.kernels import masked_attention, residual_norm
+from maect_fast.kernels import (
+    gelu_int8,
+    int8_linear,
+    masked_attention,
+    quantize_rows,
+    residual_norm,
+    residual_norm_int8,
+)
 from maect_fast.kernels._common.gpu import is_gpu
 from maect_fast.kernels._common.library import Differentiable, needs_gradient
 from maect_fast.kernels.gelu.op import gelu_bwd, gelu_fwd
@@ -58,7 +68,7 @@ class FusedBlock(nn.Module):
     """timm's plain pre-norm `Block` after `fuse`: the same modules, fewer passes over memory.
 
     ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``. Where `obstacle` names one, and with a mask,
-    the block computes by timm's own forward.
+    the block computes by timm's own forward; with `is_int8` on a CPU too by this one.
 
     Source: timm: models/vision_transformer.py, Block.
     """
@@ -68,6 +78,8 @@ class FusedBlock(nn.Module):
     norm2: nn.LayerNorm
     mlp: Any
     _unfused: type[nn.Module]
+    is_int8 = False
+    """Whether qkv, fc1 and fc2 multiply in int8, which has no gradient."""
 
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
         """Tokens [B, N, C] to the same, in the dtype of x.
@@ -88,6 +100,8 @@ class FusedBlock(nn.Module):
             stream: before it.
             keeps_bias: the next norm is to add the last bias, or else the last product does.
         """
+        if self.is_int8:
+            return self._advance_int8(stream, keeps_bias=keeps_bias)
         dtype = _product_dtype(stream.r)
         attn, mlp = self.attn, self.mlp
         r, qkv = _norm_linear(stream, self.norm1, attn.qkv, attn.qkv.bias, dtype)
@@ -96,6 +110,21 @@ class FusedBlock(nn.Module):
         r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1, None, dtype)
         bias = None if keeps_bias else mlp.fc2.bias
         a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, dtype)
+        return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
+
+    @torch.no_grad()
+    def _advance_int8(self, stream: Stream, *, keeps_bias: bool) -> Stream:
+        dtype = _product_dtype(stream.r)
+        attn, mlp = self.attn, self.mlp
+        r, y, scale = _norm_int8(stream, self.norm1)
+        qkv = int8_linear(y, scale, *_quantized(attn.qkv.weight), attn.qkv.bias, dtype=dtype)
+        o = masked_attention(torch.unflatten(qkv, -1, (3, attn.num_heads, -1))).flatten(-2)
+        p = _linear(o, attn.proj.weight, dtype)
+        r, y, scale = _norm_int8(Stream(r, p, attn.proj.bias), self.norm2)
+        h = int8_linear(y, scale, *_quantized(mlp.fc1.weight), dtype=dtype)
+        g, scale = gelu_int8(h, mlp.fc1.bias)
+        bias = None if keeps_bias else mlp.fc2.bias
+        a = int8_linear(g, scale, *_quantized(mlp.fc2.weight), bias, dtype=dtype)
         return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
 
 
@@ -163,7 +192,8 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         return "torch.compile is tracing: it fuses the rest around our attention"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
-    if reason := _place_obstacle(x, _product_dtype(x)):
+    is_int8 = block.is_int8 if isinstance(block, FusedBlock) else False
+    if not is_int8 and (reason := _place_obstacle(x, _product_dtype(x))):
         return reason
     if reason := layout_obstacle(block):
         return reason
@@ -186,6 +216,10 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         return f"its parameters are not on {x.device}, as its tokens are"
     if _autocast_dtype(x) is None and any(weight.dtype != x.dtype for weight in weights):
         return f"its parameters are not {x.dtype}, as its tokens are, and there is no autocast"
+    if is_int8 and torch.is_grad_enabled():
+        parameters = (p for layer in inside if layer is not None for p in layer.parameters())
+        if x.requires_grad or any(p.requires_grad for p in parameters):
+            return "something in it trains: products in int8 have no gradient"
     return None
 
 
@@ -252,30 +286,48 @@ def _has_global_hooks() -> bool:
     )
 
 
-# Weights in the dtype of products, by parameter and as of a version of it.
-_CAST = WeakTensorKeyDictionary()
+# Weights as products take them, by parameter and as of a version of it.
+_CONVERTED = WeakTensorKeyDictionary()
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in the dtype of products, cast once for each of its values.
+    """A weight in the dtype of products."""
+    if x.dtype == dtype:
+        return x.detach()
+    return _converted(x, dtype, lambda x: (x.to(dtype),))[0]
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in int8, and its rows' scales."""
+    q, scale = _converted(x, torch.int8, quantize_rows)
+    return q, scale
+
+
+def _converted(
+    x: Tensor, dtype: torch.dtype, convert: Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """A weight in another dtype, converted once for each of its values.
 
     A value is known by autograd's version counter, which an optimiser and `load_state_dict` move.
     Who writes to numbers through `.data`, behind autograd's back, moves nothing: use `no_grad`.
     """
-    if x.dtype == dtype:
-        return x.detach()
     # What a graph is captured of is run again with other values; inference tensors have no version.
     # Fake ones have neither value nor, without a driver, a stream.
     is_fake = isinstance(x, FakeTensor)
     if is_fake or x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return x.detach().to(dtype)
+        return convert(x.detach())
     of = (x._version, x.data_ptr(), dtype)
-    known: tuple[Any, Tensor] | None = _CAST.get(x)  # type: ignore[no-untyped-call]
+    known: tuple[Any, tuple[Tensor, ...]] | None = _CONVERTED.get(x)  # type: ignore[no-untyped-call]
     if known is None or known[0] != of:
         with torch.inference_mode(False), torch.no_grad():
-            known = (of, x.detach().to(dtype))
-        _CAST[x] = known
+            known = (of, convert(x.detach()))
+        _CONVERTED[x] = known
     return known[1]
+
+
+def _norm_int8(stream: Stream, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the stream [.., C], of its norm int8 rows [.., C] and their scales."""
+    return residual_norm_int8(*stream, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
 def _norm_linear(

@@ -219,6 +219,10 @@ class Config:
     """Decay of the encoder's EMA, which evaluation uses when it exists."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast dtype; auto is bf16 on a GPU and fp32 on a CPU. Master weights are fp32."""
+    frozen_precision: Literal["same", "int8"] = "same"
+    """Matrix products of the frozen blocks: `same` is as `precision` says; `int8` has qkv, fc1 and
+    fc2 in int8 with scales of rows and columns. A run starts with that only if the features of its
+    first images stay what they are, by a cosine of at least 0.999 each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
     threads: int | None = None
@@ -308,6 +312,11 @@ def _known_keys(error: OmegaConfBaseException) -> str:
     return f"; expected one of: {', '.join(fields)}" if unknown and fields else ""
 
 
+def _freezes(config: Config) -> bool:
+    """Whether the stage has frozen blocks."""
+    return config.stage == "prepare-head" or (config.stage == "tune" and config.frozen_blocks > 0)
+
+
 def _check(config: Config) -> None:
     """Refuse values that cannot work, one line each."""
     head, augment, optim = config.head, config.augment, config.optim
@@ -334,6 +343,12 @@ def _check(config: Config) -> None:
         ),
         (0.0 <= config.mask_ratio < 1.0, "mask_ratio", "in [0, 1)", config.mask_ratio),
         (config.frozen_blocks >= 0, "frozen_blocks", "0 or more", config.frozen_blocks),
+        (
+            config.frozen_precision == "same" or _freezes(config),
+            "frozen_precision",
+            "same where no block is frozen",
+            config.frozen_precision,
+        ),
         (config.log_every >= 1, "log_every", "at least 1", config.log_every),
         (config.save_minutes >= 0, "save_minutes", "0 (every update) or more", config.save_minutes),
         (config.checkpoint_every >= 1, "checkpoint_every", "at least 1", config.checkpoint_every),

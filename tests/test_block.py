@@ -378,9 +378,9 @@ def test_weights_are_cast_once_for_each_value() -> None:
     assert torch.equal(block_module._cast(weight, BF16), weight.detach().bfloat16())
     with torch.inference_mode():
         block_module._cast(torch.ones(2), BF16)
-    number = len(block_module._CAST)
+    number = len(block_module._CONVERTED)
     del weight, optimizer
-    assert len(block_module._CAST) == number - 1
+    assert len(block_module._CONVERTED) == number - 1
 
 
 @pytest.mark.usefixtures("definitions")

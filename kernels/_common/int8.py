@@ -20,8 +20,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         x: [..., K] floats, K at least 1.
 
     Returns:
-        q [..., K] int8 in -127 .. 127; scale [...] fp32.
+        q [..., K] int8 in -127 .. 127; scale [...] fp32; contiguous.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = (x.abs().amax(-1).clamp(min=SMALLEST) / LEVELS).float()
-    return (x / scale[..., None]).round().to(torch.int8), scale
+    return (x / scale[..., None]).round().to(torch.int8).contiguous(), scale.contiguous()

@@ -32,12 +32,13 @@ from maect_fast.data import Batch, Loader, build_source
 from maect_fast.profiling import Profile, profile_range
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.log import RunLog
+from maect_fast.training.int8_gate import check_int8
 from maect_fast.training.memory import check_memory
 from maect_fast.training.stages import (
     StageState,
+    autocast,
     build_stage,
     last_checkpoint,
-    matrix_dtype,
     start_weights,
 )
 
@@ -81,7 +82,8 @@ def run_stage(
         True when the run is finished, False when a signal stopped it after a save.
 
     Raises:
-        ConfigError: settings that do not fit the data, or that differ from the run's own.
+        ConfigError: settings that do not fit the data or the weights, or that differ from the run's
+            own.
         TrainingError: the loss is not finite.
     """
     world = init_world(config.device)
@@ -111,6 +113,7 @@ def run_stage(
         if len(resumed["random_states"]) == world.size:
             set_random_states(resumed["random_states"][world.rank])
         lines = [f"continuing {out} at update {state.update} of {total}"]
+    lines += check_int8(state, loader, world)
     if world.rank == 0:
         for line in [*lines, *_warnings(config, loader)]:
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)
@@ -163,9 +166,7 @@ def _loop(state: StageState, loader: Loader, world: World, out: Path, profile: P
 
 def _update(state: StageState, model: nn.Module, batch: Batch, world: World) -> dict[str, Tensor]:
     """Forward, backward, optimiser, EMAs, of a batch on the device. No host sync."""
-    device = world.device
-    use_bf16 = matrix_dtype(state.config, device) == torch.bfloat16
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
+    with autocast(state.config, world.device):
         outputs: dict[str, Tensor] = model(
             batch.views, sample_id=batch.sample_id, label=batch.label, step=state.update
         )
