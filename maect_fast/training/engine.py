@@ -31,8 +31,8 @@ from maect_fast.config import Config, ConfigError, load_config, profile_window, 
 from maect_fast.data import Batch, Loader, build_source
 from maect_fast.profiling import Profile, profile_range
 from maect_fast.training.distributed import World, init_world
-from maect_fast.training.log import RunLog
 from maect_fast.training.int8_gate import check_int8
+from maect_fast.training.log import RunLog
 from maect_fast.training.memory import check_memory
 from maect_fast.training.stages import (
     StageState,

@@ -53,7 +53,7 @@ def check_int8(state: StageState, loader: Loader, world: World) -> list[str]:
     # NaN is no cosine.
     if not least >= LEAST_COSINE:
         raise ConfigError(
-            f"frozen_precision: int8 changes these weights' features too much: expected a cosine of "
+            "frozen_precision: int8 changes these weights' features too much: expected a cosine of "
             f"{LEAST_COSINE} with those of frozen_precision=same, got {found}; use that"
         )
     return [f"frozen blocks in int8: features keep a cosine of {found}"]

@@ -292,7 +292,11 @@ X, S, W, WS, BIAS = operands(2, 3, N=4, K=8)
             "x: expected rows of one stride",
         ),
         (lambda: int8_linear(X, S[0], W, WS), ValueError, r"x_scale: expected shape \[2, 3\]"),
-        (lambda: int8_linear(X, torch.zeros(2, 6)[:, :3], W, WS), ValueError, "x_scale: expected a cont"),
+        (
+            lambda: int8_linear(X, torch.zeros(2, 6)[:, :3], W, WS),
+            ValueError,
+            "x_scale: expected a cont",
+        ),
         (lambda: int8_linear(X, S.half(), W, WS), TypeError, "x_scale: expected torch.float32"),
         (lambda: int8_linear(X, S, W[:, :4], WS), ValueError, r"weight: expected shape \[any, 8\]"),
         (
