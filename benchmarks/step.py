@@ -168,7 +168,7 @@ def _encoder_flops(encoder: "Encoder", num_tokens: int) -> tuple[int, int]:
 
 def _int8_flops(encoder: "Encoder", num_tokens: int) -> int:
     """Of the frozen layers, the products in int8: all linear layers of a block but proj."""
-    blocks = [block for block in encoder.blocks if block.is_int8]
+    blocks: list[Any] = [block for block in encoder.blocks if block.is_int8]
     return sum(
         _linear_flops(block, num_tokens) - _linear_flops(block.attn.proj, num_tokens)
         for block in blocks

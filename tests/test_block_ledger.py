@@ -110,7 +110,7 @@ def run(
     int8: bool = False,
 ) -> Run:
     blocks = [Block(C, H, qkv_bias=True, device="meta", dtype=weights) for _ in range(num_blocks)]
-    chain = fuse(nn.Sequential(*blocks)).requires_grad_(trains)
+    chain: Any = fuse(nn.Sequential(*blocks)).requires_grad_(trains)
     for block in chain:
         block.is_int8 = int8
     x = torch.empty(B, N, C, dtype=stream, device="meta", requires_grad=trains)

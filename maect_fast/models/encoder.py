@@ -107,7 +107,8 @@ class Encoder(nn.Module):
         self.cls_token.requires_grad_(self.num_frozen == 0)
         for module in self._frozen_modules():
             module.requires_grad_(False)
-        for i, block in enumerate(self.blocks):
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
             block.is_int8 = int8 and i < self.num_frozen
         self.train(self.training)
 

@@ -5,6 +5,7 @@ the others. How far they do is a matter of the weights.
 """
 
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def check_int8(state: StageState, loader: Loader, world: World) -> list[str]:
         return []
     assert isinstance(model, ContrastiveModel)
     epoch, position = divmod(state.update, loader.updates_per_epoch)
-    cosines = []
+    cosines: list[Tensor] = []
     with autocast(state.config, world.device):
         for batch in islice(loader.batches(epoch, position), NUM_BATCHES):
             if not cosines:
@@ -69,7 +70,7 @@ def _check_blocks(model: ContrastiveModel, views: Tensor) -> None:
 def _cosines(model: ContrastiveModel, views: Tensor) -> Tensor:
     """Of each image's features, [V * n] fp32."""
     found = model.pooled(views)
-    blocks = [block for block in model.encoder.blocks if block.is_int8]
+    blocks: list[Any] = [block for block in model.encoder.blocks if block.is_int8]
     for block in blocks:
         block.is_int8 = False
     try:
