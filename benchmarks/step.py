@@ -70,6 +70,8 @@ class UpdateFlops:
     """Projector and predictor, and once the target projector."""
     search: int
     """Similarities with the queue."""
+    int8: int
+    """Those of the frozen part's products that are in int8."""
 
     @property
     def total(self) -> int:
@@ -137,15 +139,17 @@ def update_flops(model: "PretrainModel | ContrastiveModel", config: "Config") ->
     encoder, decoder = model.encoder, model.decoder
     head = getattr(model, "head", None)
     num_kept = 1 + int(encoder.num_patches * (1 - config.mask_ratio))
-    frozen = tuned = head_flops = search = 0
+    frozen = tuned = head_flops = search = int8 = 0
     if head is not None:
         frozen, tuned = _encoder_flops(encoder, 1 + encoder.num_patches)
+        int8 = _int8_flops(encoder, 1 + encoder.num_patches)
         head_flops = 3 * (_linear_flops(head.projector, 1) + _linear_flops(head.predictor, 1))
         if head.target_projector is not None:
             head_flops += _linear_flops(head.target_projector, 1)
         search = 2 * head.loss.queue.queue.numel()
     if decoder is not None:
         masked = _encoder_flops(encoder, num_kept)
+        int8 += _int8_flops(encoder, num_kept)
         frozen, tuned = frozen + masked[0], tuned + masked[1] + _decoder_flops(decoder, num_kept)
     views = config.num_views
     return UpdateFlops(
@@ -153,6 +157,7 @@ def update_flops(model: "PretrainModel | ContrastiveModel", config: "Config") ->
         tuned=views * 3 * tuned,
         head=views * head_flops,
         search=views * search,
+        int8=views * int8,
     )
 
 
@@ -163,6 +168,15 @@ def _encoder_flops(encoder: "Encoder", num_tokens: int) -> tuple[int, int]:
     # A frozen stem comes before the frozen blocks; beyond the last block is the final norm.
     num_frozen = encoder.num_frozen + 1 if encoder.num_frozen else 0
     return sum(layers[:num_frozen]), sum(layers[num_frozen:])
+
+
+def _int8_flops(encoder: "Encoder", num_tokens: int) -> int:
+    """Of the frozen layers, the products in int8: all linear layers of a block but proj."""
+    blocks: list[Any] = [block for block in encoder.blocks if block.is_int8]
+    return sum(
+        _linear_flops(block, num_tokens) - _linear_flops(block.attn.proj, num_tokens)
+        for block in blocks
+    )
 
 
 def _decoder_flops(decoder: "Decoder", num_kept: int) -> int:

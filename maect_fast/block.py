@@ -9,6 +9,9 @@ are added, and their gradients summed, inside the ops beside the matrix products
     r, h = norm_linear(r, p, b_proj, norm2, fc1)
     a = gelu_linear(h, b_fc1, fc2)
 
+A frozen block may have qkv, fc1 and fc2 in int8: norm and GELU write rows with a scale each. What
+proj reads has no such pass before it, and stays as it is.
+
 Saved for the backward are r twice, qkv, the attention's output and h: what norm and GELU gave is
 made again by the kernels of their backward.
 """
@@ -20,11 +23,20 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 from torch.utils.module_tracker import ModuleTracker
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from maect_fast.attention import FusedAttention, is_bare
-from maect_fast.kernels import masked_attention, residual_norm
+from maect_fast.kernels import (
+    gelu_int8,
+    int8_linear,
+    masked_attention,
+    quantize_rows,
+    residual_norm,
+    residual_norm_int8,
+)
 from maect_fast.kernels._common.gpu import is_gpu
 from maect_fast.kernels._common.library import Differentiable, needs_gradient
 from maect_fast.kernels.gelu.op import gelu_bwd, gelu_fwd
@@ -67,7 +79,7 @@ class FusedBlock(nn.Module):
     """timm's plain pre-norm `Block` after `fuse`: the same modules, fewer passes over memory.
 
     ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``. Where `obstacle` names one, and with a mask,
-    the block computes by timm's own forward.
+    the block computes by timm's own forward; with `is_int8` on a CPU too by this one.
 
     Source: timm: models/vision_transformer.py, Block.
     """
@@ -77,6 +89,8 @@ class FusedBlock(nn.Module):
     norm2: nn.LayerNorm
     mlp: Any
     _unfused: type[nn.Module]
+    is_int8 = False
+    """Whether qkv, fc1 and fc2 multiply in int8, which has no gradient."""
 
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
         """Tokens [B, N, C] to the same, in the dtype of x.
@@ -98,6 +112,8 @@ class FusedBlock(nn.Module):
             copies: of its weights, in the dtype of products.
             keeps_bias: the next norm is to add the last bias, or else the last product does.
         """
+        if self.is_int8:
+            return self._advance_int8(stream, copies, keeps_bias=keeps_bias)
         attn, mlp = self.attn, self.mlp
         r, qkv = _norm_linear(stream, self.norm1, attn.qkv.weight, attn.qkv.bias, copies)
         o = masked_attention(torch.unflatten(qkv, -1, (3, attn.num_heads, -1))).flatten(-2)
@@ -105,6 +121,21 @@ class FusedBlock(nn.Module):
         r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1.weight, None, copies)
         bias = None if keeps_bias else mlp.fc2.bias
         a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, copies)
+        return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
+
+    @torch.no_grad()
+    def _advance_int8(self, stream: Stream, copies: "Copies", *, keeps_bias: bool) -> Stream:
+        dtype = _product_dtype(stream.r)
+        attn, mlp = self.attn, self.mlp
+        r, y, scale = _norm_int8(stream, self.norm1)
+        qkv = int8_linear(y, scale, *_quantized(attn.qkv.weight), attn.qkv.bias, dtype=dtype)
+        o = masked_attention(torch.unflatten(qkv, -1, (3, attn.num_heads, -1))).flatten(-2)
+        p = _linear(o, attn.proj.weight, copies)
+        r, y, scale = _norm_int8(Stream(r, p, attn.proj.bias), self.norm2)
+        h = int8_linear(y, scale, *_quantized(mlp.fc1.weight), dtype=dtype)
+        g, scale = gelu_int8(h, mlp.fc1.bias)
+        bias = None if keeps_bias else mlp.fc2.bias
+        a = int8_linear(g, scale, *_quantized(mlp.fc2.weight), bias, dtype=dtype)
         return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
 
 
@@ -180,7 +211,8 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         return "torch.compile is tracing: it fuses the rest around our attention"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
-    if reason := _place_obstacle(x, _product_dtype(x)):
+    is_int8 = block.is_int8 if isinstance(block, FusedBlock) else False
+    if not is_int8 and (reason := _place_obstacle(x, _product_dtype(x))):
         return reason
     if reason := layout_obstacle(block):
         return reason
@@ -203,6 +235,10 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         return f"its parameters are not on {x.device}, as its tokens are"
     if _autocast_dtype(x) is None and any(weight.dtype != x.dtype for weight in weights):
         return f"its parameters are not {x.dtype}, as its tokens are, and there is no autocast"
+    if is_int8 and torch.is_grad_enabled():
+        parameters = (p for layer in inside if layer is not None for p in layer.parameters())
+        if x.requires_grad or any(p.requires_grad for p in parameters):
+            return "something in it trains: products in int8 have no gradient"
     return None
 
 
@@ -274,7 +310,8 @@ def _cast(blocks: Iterable[Any], like: Tensor) -> Copies:
     others = []
     for block in blocks:
         attn, mlp = block.attn, block.mlp
-        for x in (*_columns(attn.qkv), attn.proj.weight, mlp.fc1.weight, *_columns(mlp.fc2)):
+        rest = (*_columns(attn.qkv), mlp.fc1.weight, *_columns(mlp.fc2))
+        for x in (attn.proj.weight, *(() if block.is_int8 else rest)):
             if x.dtype == dtype:
                 copies[id(x)] = x.detach()
             else:
@@ -288,6 +325,39 @@ def _cast(blocks: Iterable[Any], like: Tensor) -> Copies:
 
 def _columns(linear: nn.Linear) -> tuple[Tensor, ...]:
     return (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
+
+
+# Weights in int8, with their rows' scales, by parameter and as of a version of it.
+_QUANTIZED = WeakTensorKeyDictionary()
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A frozen weight in int8, and its rows' scales, made once for each of its values.
+
+    A value is known by autograd's version counter, which `load_state_dict` moves; optimisers, whose
+    fused forms do not, have no part in it. Who writes to numbers through `.data` moves nothing.
+    """
+    # Inference tensors have no version, fake ones no value.
+    if x.is_inference() or isinstance(x, FakeTensor):
+        return quantize_rows(x.detach())
+    of = (x._version, x.data_ptr())
+    known: tuple[Any, tuple[Tensor, Tensor]] | None = _QUANTIZED.get(x)  # type: ignore[no-untyped-call]
+    if known is not None and known[0] == of:
+        return known[1]
+    made = quantize_rows(x.detach())
+    # What a graph is captured of has no value yet; inference tensors have no version, and fake ones
+    # have neither value nor, without a driver, a stream.
+    is_fake = isinstance(x, FakeTensor)
+    if not (
+        is_fake or x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        _QUANTIZED[x] = (of, made)
+    return made
+
+
+def _norm_int8(stream: Stream, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the stream [.., C], of its norm int8 rows [.., C] and their scales."""
+    return residual_norm_int8(*stream, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
 def _norm_linear(

@@ -130,7 +130,7 @@ class HeadConfig:
     transposed: bool = False
     """True: rows are predictions and columns neighbours."""
     target_ema: BelowOne | None = None
-    """BelowOne of the target projector's EMA; None searches with the online projector."""
+    """Decay of the target projector's EMA; None searches with the online projector."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -244,9 +244,13 @@ class Config:
     reconstruction_weight: Annotated[float, Interval("[0, 1000000]")] = 0.0
     """Stage `tune`: weight of an added MAE loss; it needs the decoder of a pretrain run."""
     encoder_ema: BelowOne | None = None
-    """BelowOne of the encoder's EMA, which evaluation uses when it exists."""
+    """Decay of the encoder's EMA, which evaluation uses when it exists."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast dtype; auto is bf16 on a GPU and fp32 on a CPU. Master weights are fp32."""
+    frozen_precision: Literal["same", "int8"] = "same"
+    """Matrix products of the frozen blocks: `same` is as `precision` says; `int8` has qkv, fc1 and
+    fc2 in int8 with scales of rows and columns. A run starts with that only if the features of its
+    first images stay what they are, by a cosine of at least 0.999 each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
     threads: Annotated[int, Interval("[1, 1024]")] | None = None
@@ -416,6 +420,11 @@ def _known_keys(error: OmegaConfBaseException) -> str:
     return f"; expected one of: {', '.join(fields)}" if unknown and fields else ""
 
 
+def _freezes(config: Config) -> bool:
+    """Whether the stage has frozen blocks."""
+    return config.stage == "prepare-head" or (config.stage == "tune" and config.frozen_blocks > 0)
+
+
 def _check(config: Config) -> None:
     """Refuse values that cannot work, one line each."""
     for key, value, interval in _numbers(config):
@@ -429,6 +438,12 @@ def _check(config: Config) -> None:
             "num_views",
             "2 (the contrastive loss crosses two views)",
             config.num_views,
+        ),
+        (
+            config.frozen_precision == "same" or _freezes(config),
+            "frozen_precision",
+            "same where no block is frozen",
+            config.frozen_precision,
         ),
         (
             head.queue_size >= head.topk,

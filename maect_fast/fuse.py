@@ -81,6 +81,7 @@ def unfuse(model: ModelT) -> ModelT:
             raise ValueError(f"model: cannot restore {name or 'the model itself'}: it is a {kind}")
     for module in fused.values():
         module.__class__ = vars(module).pop("_unfused")
+        vars(module).pop("is_int8", None)
     return model
 
 

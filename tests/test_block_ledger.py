@@ -29,7 +29,7 @@ M = B * N
 U = 2 * M * C
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-PRODUCTS = ("mm", "addmm")
+PRODUCTS = ("mm", "addmm", "int8_linear")
 # All weights of a chain in one call: of a block 12 C^2 numbers of 4 bytes to 2, beside biases.
 CASTS, CAST = "_foreach_copy_", 12 * C**2 * (4 + 2) / U
 ATTENTION = ("masked_attention_fwd", "masked_attention_bwd")
@@ -105,9 +105,18 @@ class Run:
     """Of matrix products, forward and backward."""
 
 
-def run(num_blocks: int, *, stream: torch.dtype, weights: torch.dtype, trains: bool) -> Run:
+def run(
+    num_blocks: int,
+    *,
+    stream: torch.dtype,
+    weights: torch.dtype,
+    trains: bool,
+    int8: bool = False,
+) -> Run:
     blocks = [Block(C, H, qkv_bias=True, device="meta", dtype=weights) for _ in range(num_blocks)]
-    chain = fuse(nn.Sequential(*blocks)).requires_grad_(trains)
+    chain: Any = fuse(nn.Sequential(*blocks)).requires_grad_(trains)
+    for block in chain:
+        block.is_int8 = int8
     x = torch.empty(B, N, C, dtype=stream, device="meta", requires_grad=trains)
     saved: dict[int, int] = {}
 
@@ -163,9 +172,11 @@ class PerBlock:
     """Operands of M x C or more in fp32."""
 
 
-def per_block(*, stream: torch.dtype, weights: torch.dtype, trains: bool) -> PerBlock:
+def per_block(
+    *, stream: torch.dtype, weights: torch.dtype, trains: bool, int8: bool = False
+) -> PerBlock:
     """Chains of three and of two blocks, less one another: the middle of any chain."""
-    two, three = (run(n, stream=stream, weights=weights, trains=trains) for n in (2, 3))
+    two, three = (run(n, stream=stream, weights=weights, trains=trains, int8=int8) for n in (2, 3))
 
     def both(name: str, unit: int) -> Any:
         pairs = ((two.forward, three.forward), (two.backward, three.backward))
@@ -218,6 +229,17 @@ def test_a_frozen_block(stream: torch.dtype) -> None:
     assert found.flops == (24, 0)
 
 
+@pytest.mark.parametrize("stream", [BF16, FP32], ids=str)
+def test_a_frozen_block_in_int8(stream: torch.dtype) -> None:
+    """Norms write half, GELU 2 u instead of 4; what products read is half as well, not counted."""
+    found = per_block(stream=stream, weights=FP32, trains=False, int8=True)
+    assert found.launches == (8, 0)
+    assert found.traffic[0] == (13 if stream == BF16 else 17)
+    assert max(found.small) < 0.05
+    assert found.saved == 0
+    assert found.flops == (24, 0)
+
+
 def main() -> None:
     cases = {
         "tuned, half modules": {"stream": BF16, "weights": BF16, "trains": True},
@@ -225,6 +247,18 @@ def main() -> None:
         "tuned, autocast, fp32 stream": {"stream": FP32, "weights": FP32, "trains": True},
         "frozen, autocast, bf16 stream": {"stream": BF16, "weights": FP32, "trains": False},
         "frozen, autocast, fp32 stream": {"stream": FP32, "weights": FP32, "trains": False},
+        "frozen, int8, bf16 stream": {
+            "stream": BF16,
+            "weights": FP32,
+            "trains": False,
+            "int8": True,
+        },
+        "frozen, int8, fp32 stream": {
+            "stream": FP32,
+            "weights": FP32,
+            "trains": False,
+            "int8": True,
+        },
     }
     head = (
         "per block of ViT-L/16",

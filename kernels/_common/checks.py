@@ -111,7 +111,7 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape [{sizes}], got {list(x.shape)}")
     if x is not like and x.device != like.device:
         raise ValueError(f"{name}: expected {like.device}, got {x.device}")
-    if x.is_floating_point() and x.stride(-1) != 1 and x.numel() > 1:
+    if x.is_floating_point() and x.numel() > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected a last stride of 1, got {x.stride()}")
 
 

@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         # The bias keeps Conv2d's default, as in both official programs.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.detach().flatten(1))
 
-    def freeze(self, num_blocks: int | None) -> None:
+    def freeze(self, num_blocks: int | None, *, int8: bool = False) -> None:
         """Stop the training of the lowest layers, and of those only.
 
         Frozen layers run without autograd and in eval mode, whatever `train()` says.
@@ -94,6 +94,8 @@ class Encoder(nn.Module):
         Args:
             num_blocks: 0 freezes nothing; k the stem (patch_embed, cls_token) and blocks[:k]; None
                 everything including the final norm.
+            int8: their blocks multiply in int8; where the last one is computed for the class token
+                alone, it does not.
 
         Raises:
             ValueError: there are fewer blocks.
@@ -105,6 +107,9 @@ class Encoder(nn.Module):
         self.cls_token.requires_grad_(self.num_frozen == 0)
         for module in self._frozen_modules():
             module.requires_grad_(False)
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
+            block.is_int8 = int8 and i < self.num_frozen
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:

@@ -195,8 +195,7 @@ class ContrastiveModel(nn.Module):
             "loss" and "nn_accuracy", 0-d; with a decoder also the parts "contrastive" and
             "reconstruction".
         """
-        pooled = self._pooled(views.flatten(0, 1), _chunk_rows(self, views))  # [V * n, D] fp32
-        pooled = pooled.view(*views.shape[:2], -1)
+        pooled = self.pooled(views).view(*views.shape[:2], -1)  # [V, n, D] fp32
         output = self.head(pooled, step=step, sample_id=sample_id, label=label)
         if self.decoder is None:
             return {"loss": output.loss, "nn_accuracy": output.nn_accuracy}
@@ -208,8 +207,8 @@ class ContrastiveModel(nn.Module):
             "reconstruction": reconstruction.detach(),
         }
 
-    def _pooled(self, images: Tensor, chunk_rows: int | None) -> Tensor:
-        """Features [B, D] of images [B, C, H, W]."""
+    def pooled(self, views: Tensor) -> Tensor:
+        """What enters the head, [V * n, D], of views [V, n, C, H, W]."""
         encoder, first_only = self.encoder, self.pooling == "class_token"
 
         def keep(images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -218,6 +217,7 @@ class ContrastiveModel(nn.Module):
         def run(images: Tensor, trunk: Tensor | None) -> Tensor:
             return pool(encoder(images, class_token_only=first_only, trunk=trunk), self.pooling)
 
+        images, chunk_rows = views.flatten(0, 1), _chunk_rows(self, views)
         return in_chunks(keep, run, [images], encoder.parameters(), size=chunk_rows)
 
 

@@ -29,6 +29,7 @@ from maect_fast.data import Loader, build_source
 from maect_fast.profiling import Profile
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.finite import check_finite, not_finite
+from maect_fast.training.int8_gate import check_int8
 from maect_fast.training.log import RunLog
 from maect_fast.training.memory import check_memory
 from maect_fast.training.meter import Meter
@@ -83,8 +84,8 @@ def run_stage(
         True when the run is finished, False when a signal stopped it after a save.
 
     Raises:
-        ConfigError: settings that do not fit the data, or that differ from the run's own; a
-            directory that is in use, or that has lost its last checkpoint.
+        ConfigError: settings that do not fit the data or the weights, or that differ from the run's
+            own; a directory that is in use, or that has lost its last checkpoint.
         CheckpointError: a checkpoint that is damaged or does not fit.
         TrainingError: the loss is not finite.
     """
@@ -152,6 +153,7 @@ def _run(
             state.forget_images()
             lines.append("with other images: the queue's ids and labels were forgotten")
     check_finite(state, init if resumed is None else last)
+    lines += check_int8(state, loader, world)
     if world.rank == 0:
         for line in [*lines, *_warnings(config, loader)]:
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)

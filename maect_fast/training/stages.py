@@ -31,6 +31,7 @@ from maect_fast.training.schedule import warmup_cosine
 __all__ = [
     "StageModel",
     "StageState",
+    "autocast",
     "build_stage",
     "last_checkpoint",
     "matrix_dtype",
@@ -44,6 +45,12 @@ def matrix_dtype(config: Config, device: torch.device) -> torch.dtype:
     """What the operands of matrix products are: the autocast dtype, or fp32 without autocast."""
     use_bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if use_bf16 else torch.float32
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The autocast of a forward pass."""
+    use_bf16 = matrix_dtype(config, device) == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16)
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -120,7 +127,7 @@ def build_stage(config: Config, world: World, *, total: int) -> StageState:
         else:
             model = build_contrastive(config, world)
             frozen = None if config.stage == "prepare-head" else config.frozen_blocks
-            model.encoder.freeze(frozen)
+            model.encoder.freeze(frozen, int8=config.frozen_precision == "int8")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     model.to(world.device).train()

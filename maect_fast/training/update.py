@@ -18,7 +18,7 @@ from maect_fast.errors import UserError
 from maect_fast.profiling import profile_range
 from maect_fast.training.distributed import World
 from maect_fast.training.optim import Rates
-from maect_fast.training.stages import StageState, matrix_dtype
+from maect_fast.training.stages import StageState, autocast
 
 __all__ = ["WARMUP", "TrainingError", "Update", "capture_obstacle"]
 
@@ -108,8 +108,7 @@ class Update:
     def _launch(self, batch: Batch) -> Outputs:
         """One update, kernel by kernel, of the numbers that are on the device."""
         state = self.state
-        use_bf16 = matrix_dtype(state.config, self.device) == torch.bfloat16
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=use_bf16):
+        with autocast(state.config, self.device):
             outputs: Outputs = self.model(
                 batch.views, sample_id=batch.sample_id, label=batch.label, step=self._step
             )
