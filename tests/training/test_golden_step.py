@@ -20,7 +20,6 @@ from maect_fast.block import FusedBlock, Stream
 from maect_fast.checkpoint import save_checkpoint
 from maect_fast.config import Config, load_config
 from maect_fast.data import Batch
-from maect_fast.kernels._common import gpu
 from maect_fast.models.maect import ContrastiveModel, PretrainModel
 from maect_fast.training.distributed import init_world
 from maect_fast.training.stages import StageState, build_stage, last_checkpoint, start_weights
@@ -305,13 +304,10 @@ def test_stage_1(precision: Precision) -> None:
         assert_same(official(model.decoder), decoder, tolerance, "decoder")
 
 
-@pytest.fixture(params=["definitions", pytest.param("interpreted", marks=pytest.mark.slow)])
-def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Blocks take their fused path, by the ops' definitions or by their kernels; noted per call."""
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Blocks take their fused path, by the ops' definitions; notes whether autograd is on."""
     monkeypatch.setattr(block_module, "_place_obstacle", lambda x, dtype: None)
-    if request.param == "interpreted":
-        pytest.importorskip("triton")
-        monkeypatch.setattr(gpu, "is_gpu", lambda x: True)
     calls: list[bool] = []
     advance = FusedBlock.advance
 
