@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from maect_fast.names import printable
+from maect_fast.tensor_file import read_tensor_file
+
 __all__ = [
     "CheckpointError",
     "load_checkpoint",
@@ -60,17 +63,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, not one of ours, or of a newer format.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+    shown = printable(path)
+    if not path.exists():
+        raise CheckpointError(f"{shown}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damage causes
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise CheckpointError(f"{path}: not a checkpoint of maect-fast")
+        state = read_tensor_file(path)
+    except ValueError as error:
+        raise CheckpointError(f"{shown}: not a readable checkpoint: {error}") from error
+    if type(state.get("format")) is not int:
+        raise CheckpointError(f"{shown}: not a checkpoint of maect-fast")
     if state["format"] > FORMAT:
         raise CheckpointError(
-            f"{path}: format {state['format']} is newer than this version reads ({FORMAT}); "
+            f"{shown}: format {state['format']} is newer than this version reads ({FORMAT}); "
             "update maect-fast"
         )
     return state
