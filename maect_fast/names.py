@@ -4,19 +4,30 @@ Every place that shows one asks here for its form there, so that no name can end
 terminal, reorder the letters around it, or be read as markup.
 """
 
-__all__ = ["one_line", "printable", "shortened"]
+import re
+
+__all__ = ["is_utf8", "markdown", "mathless", "one_line", "printable", "shortened"]
 
 SHORT = 40
+# What starts or ends something in Markdown, with its tables, HTML and formulas. A hyphen or a dot
+# does so at a line's beginning alone, where no name stands.
+MARKUP = re.compile(r"[\\`*_\[\]<>&|$~#!]")
 
 
 def printable(name: object) -> str:
-    r"""The name on one line: what is not printable (line ends, terminal codes, bytes that are not
-    UTF-8) as an escape such as `\n` or `\udcff`, the rest as it is.
+    r"""The name on one line, what is not printable as an escape such as `\n` or `\udcff`.
+
+    That is line ends, terminal codes, marks that turn the writing, and bytes that are not UTF-8.
     """
     text = str(name)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_utf8(name: object) -> bool:
+    """Whether other programs' files (YAML, TensorBoard's events) can hold the name."""
+    return not any("\ud800" <= c <= "\udfff" for c in str(name))
 
 
 def shortened(name: object, length: int = SHORT) -> str:
@@ -26,6 +37,16 @@ def shortened(name: object, length: int = SHORT) -> str:
         return text
     head = (length - 1) * 2 // 3
     return f"{text[:head]}…{text[head + 1 - length :]}"
+
+
+def markdown(name: object) -> str:
+    """The printable name as text of a Markdown document, also within a table's cell."""
+    return MARKUP.sub(r"\\\g<0>", printable(name))
+
+
+def mathless(name: object) -> str:
+    """The shortened name as text of a matplotlib figure, where dollars would enclose a formula."""
+    return shortened(name).replace("$", r"\$")
 
 
 def one_line(error: BaseException, length: int = 200) -> str:

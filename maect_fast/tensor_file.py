@@ -4,11 +4,12 @@
 end of the buffer, a compressed record may be any size, and where it refuses, it advises to let the
 file run its code. Here a file is `torch.save`'s (as a zip archive, or as before PyTorch 1.6) or
 safetensors; every size it states is compared with the bytes it has before memory is taken, its
-pickle may use the instructions that `torch.save` writes and the few names in `GLOBALS`, and an error
-is one line.
+pickle may use the instructions that `torch.save` writes and the few names in `GLOBALS`, and an
+error is one line.
 """
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -20,11 +21,9 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from maect_fast.names import one_line, printable, shortened
@@ -75,7 +74,7 @@ def open_regular(path: str | Path) -> IO[bytes]:
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError("not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file")
     return file
 
 
@@ -93,36 +92,41 @@ def read_tensor_file(path: str | Path) -> dict[str, Any]:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if Path(path).suffix == ".safetensors":
-                _check_header(file, size)
-                return dict(load_file(path))
+                return _read_safetensors(path, file, size)
             content = _read_torch(file, size)
-    except _Refused:
+    except _RefusedError:
         raise
-    except SafetensorError as error:
-        raise ValueError(f"not a readable safetensors file ({one_line(error)})") from error
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     except Exception as error:  # damage causes whatever it causes
         raise ValueError(f"cut off or damaged ({one_line(error)})") from error
     if not isinstance(content, dict):
-        raise _Refused(f"expected a state dict, got a {type(content).__name__}")
+        raise _RefusedError(f"expected a state dict, got a {type(content).__name__}")
     return content
 
 
-class _Refused(ValueError):
+class _RefusedError(ValueError):
     """A file that is understood, and not taken; the message says why."""
 
 
-def _check_header(file: IO[bytes], size: int) -> None:
-    """Refuse a safetensors header that is longer than the file, or than any model needs."""
+def _read_safetensors(path: str | Path, file: IO[bytes], size: int) -> dict[str, Tensor]:
+    """Its own library compares sizes, once the header is one to parse."""
+    # Programs that read none need not have it.
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
-        raise _Refused(f"not a readable safetensors file: cut off (it has {size} bytes)")
+        raise _RefusedError(f"not a readable safetensors file: cut off (it has {size} bytes)")
     if length > MAX_HEADER:
-        raise _Refused(
+        raise _RefusedError(
             f"not a readable safetensors file: a header of {length} bytes, at most {MAX_HEADER}"
         )
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise _RefusedError(f"not a readable safetensors file: {one_line(error)}") from error
 
 
 def _read_torch(file: IO[bytes], size: int) -> Any:
@@ -133,7 +137,7 @@ def _read_torch(file: IO[bytes], size: int) -> Any:
             return _read_archive(archive, size)
     if start[:1] == pickle.PROTO:
         return _read_legacy(file, size)
-    raise _Refused("neither a file of torch.save nor one that ends in .safetensors")
+    raise _RefusedError("neither a file of torch.save nor one that ends in .safetensors")
 
 
 def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
@@ -141,18 +145,18 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
     entries = archive.infolist()
     records = {entry.filename.partition("/")[2]: entry for entry in entries}
     if "constants.pkl" in records or any(name.startswith("code/") for name in records):
-        raise _Refused(
+        raise _RefusedError(
             "a TorchScript archive, which is a program; save its state dict with "
             "torch.save(model.state_dict(), PATH)"
         )
     if len(records) < len(entries) or "data.pkl" not in records:
-        raise _Refused("a zip archive, but none of torch.save")
+        raise _RefusedError("a zip archive, but none of torch.save")
     # torch.save does not compress, and records that overlap would be worth more than the file.
     stated = sum(entry.file_size for entry in entries)
     if stated > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise _Refused(f"its records state {stated} bytes, the file has {size}")
+        raise _RefusedError(f"its records state {stated} bytes, the file has {size}")
     if "byteorder" in records and archive.read(records["byteorder"]) != sys.byteorder.encode():
-        raise _Refused("written on a machine of another byte order")
+        raise _RefusedError("written on a machine of another byte order")
     storages = _ArchiveStorages(archive, records, size)
     return _Unpickler(io.BytesIO(archive.read(records["data.pkl"])), storages).load()
 
@@ -161,18 +165,20 @@ def _read_legacy(file: IO[bytes], size: int) -> Any:
     """A file of torch.save before PyTorch 1.6: five pickles, then the storages' bytes."""
     storages = _LegacyStorages(size)
     if _Unpickler(file, storages).load() != LEGACY_MAGIC:
-        raise _Refused("a pickle, but none of torch.save")
+        raise _RefusedError("a pickle, but none of torch.save")
     for _ in range(2):  # protocol, and sizes of C types
         _Unpickler(file, storages).load()
     content = _Unpickler(file, storages).load()
     keys = _Unpickler(file, storages).load()
     if sorted(keys) != sorted(storages.known):
-        raise _Refused("other storages than its tensors name")
+        raise _RefusedError("other storages than its tensors name")
     for key in keys:
         storage = storages.known[key]
         stated = struct.unpack("<q", file.read(8))[0] * storage.element_size()
         if stated != storage.nbytes:
-            raise _Refused(f"storage {printable(key)} has {stated} bytes, {storage.nbytes} stated")
+            raise _RefusedError(
+                f"storage {printable(key)} has {stated} bytes, {storage.nbytes} stated"
+            )
         _fill(storage, file)
     return content
 
@@ -189,13 +195,13 @@ class _Storages(ABC):
     def get(self, kind: Any, key: Any, numel: Any) -> Tensor:
         """Storage `key`, of `numel` elements."""
         if not isinstance(kind, torch.dtype) or type(key) is not str or type(numel) is not int:
-            raise _Refused("a tensor without a storage")
+            raise _RefusedError("a tensor without a storage")
         if key in self.known and (self.known[key].dtype, len(self.known[key])) == (kind, numel):
             return self.known[key]
         num_bytes = numel * kind.itemsize
         self.taken += num_bytes
         if num_bytes < 0 or self.taken > self.size:
-            raise _Refused(f"its tensors take {self.taken} bytes, the file has {self.size}")
+            raise _RefusedError(f"its tensors take {self.taken} bytes, the file has {self.size}")
         self.known[key] = self.make(kind, key, num_bytes)
         return self.known[key]
 
@@ -203,13 +209,15 @@ class _Storages(ABC):
         """A tensor of a storage's elements; repeated rows count as often as they are there."""
         numbers = (offset, *size, *stride)
         if any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
-            raise _Refused("a tensor of impossible shape")
+            raise _RefusedError("a tensor of impossible shape")
         numel = math.prod(size)
         if numel * storage.element_size() > self.size:
-            raise _Refused(f"a tensor {shortened(list(size))}, the file has {self.size} bytes")
+            raise _RefusedError(f"a tensor {shortened(list(size))}, the file has {self.size} bytes")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if numel and last >= len(storage):
-            raise _Refused(f"a tensor {shortened(list(size))} beyond its {len(storage)} elements")
+            raise _RefusedError(
+                f"a tensor {shortened(list(size))} beyond its {len(storage)} elements"
+            )
         return storage.as_strided(size, stride, offset) if numel else storage.new_empty(size)
 
     @abstractmethod
@@ -227,7 +235,7 @@ class _ArchiveStorages(_Storages):
     def make(self, kind: torch.dtype, key: str, num_bytes: int) -> Tensor:
         record = self.records[f"data/{key}"]
         if record.file_size != num_bytes:
-            raise _Refused(
+            raise _RefusedError(
                 f"storage {printable(key)} has {record.file_size} bytes, {num_bytes} stated"
             )
         storage = torch.empty(num_bytes // kind.itemsize, dtype=kind)
@@ -244,7 +252,7 @@ class _LegacyStorages(_Storages):
 
 def _fill(storage: Tensor, file: IO[bytes]) -> None:
     """Read the storage's bytes from the file's position on."""
-    target = memoryview(storage.view(torch.uint8).numpy())
+    target = memoryview(storage.view(torch.uint8).numpy().data)
     for start in range(0, len(target), CHUNK):
         part = target[start : start + CHUNK]
         content = file.read(len(part))
@@ -257,7 +265,7 @@ def _checked_dict(items: Iterable[Any] = ()) -> dict[Any, Any]:
     """A dict of the pairs; a tuple is no key here, as the hash of a deeply nested one crashes."""
     pairs = [(key, value) for key, value in items]
     if any(type(key) is tuple for key, _ in pairs):
-        raise _Refused("a dict whose keys are no plain values")
+        raise _RefusedError("a dict whose keys are no plain values")
     return dict(pairs)
 
 
@@ -278,7 +286,9 @@ GLOBALS: dict[str, Any] = {
 class _Unpickler(pickle._Unpickler):
     """Python's own, whose memo is a dict: the C one takes memory by an index in the file."""
 
-    dispatch: dict[int, Callable[..., None]] = {
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPCODES
     }
 
@@ -292,7 +302,7 @@ class _Unpickler(pickle._Unpickler):
             return self.storages.view
         found = GLOBALS.get(f"{module}.{name}")
         if found is None:
-            raise _Refused(
+            raise _RefusedError(
                 f"holds {shortened(f'{module}.{name}', 80)}, more than tensors and plain values, "
                 "and reading it could run code; save the state dict alone with torch.save"
             )
@@ -314,14 +324,14 @@ class _Unpickler(pickle._Unpickler):
 
     def _update(self, flat: list[Any]) -> None:
         if type(self.stack[-1]) is not dict:
-            raise _Refused("items of something that is no dict")
+            raise _RefusedError("items of something that is no dict")
         self.stack[-1].update(_checked_dict(zip(flat[::2], flat[1::2], strict=True)))
 
     def load_build(self) -> None:
         """Leave attributes behind: an OrderedDict's `_metadata`, a Namespace's arguments."""
         self.stack.pop()
         if type(self.stack[-1]) not in (dict, argparse.Namespace):
-            raise _Refused("attributes of something that has none")
+            raise _RefusedError("attributes of something that has none")
 
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from maect_fast.checkpoint import (
-    load_checkpoint,
     random_states,
     save_checkpoint,
     seed_generators,
@@ -29,6 +28,7 @@ from maect_fast.checkpoint import (
 )
 from maect_fast.config import Config, ConfigError, load_config, profile_window, save_config
 from maect_fast.data import Batch, Loader, build_source
+from maect_fast.names import is_utf8, printable
 from maect_fast.profiling import Profile, profile_range
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.log import RunLog
@@ -37,6 +37,7 @@ from maect_fast.training.stages import (
     StageState,
     build_stage,
     last_checkpoint,
+    load_state,
     matrix_dtype,
     start_weights,
 )
@@ -49,6 +50,7 @@ MAY_CHANGE = {
     "data.test_root",
     "data.workers",
     "data.max_broken",
+    "data.max_pixels",
     "checkpoint_every",
     "chunk_size",
     "save_minutes",
@@ -84,11 +86,13 @@ def run_stage(
         ConfigError: settings that do not fit the data, or that differ from the run's own.
         TrainingError: the loss is not finite.
     """
+    if not is_utf8(out):
+        raise ConfigError(f"--out: expected a path in UTF-8, got {printable(out)}")
     world = init_world(config.device)
     profile = _profile(config, world, out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    resumed = load_checkpoint(last_checkpoint(out)) if last_checkpoint(out).exists() else None
+    resumed = load_state(out) if last_checkpoint(out).exists() else None
     if resumed is not None:
         _check_same_run(config, out, load_config(resumed["config"]))
     if world.device.type == "cuda":
@@ -106,7 +110,7 @@ def run_stage(
                 f"data.root: the run in {out} has {resumed['total']} updates, these images give "
                 f"{total}; continue it with the images it was started with"
             )
-        state.load_state_dict(resumed)
+        state.load_state_dict(resumed, out)
         # With another number of ranks the generators start anew: nothing of ours draws from them.
         if len(resumed["random_states"]) == world.size:
             set_random_states(resumed["random_states"][world.rank])
