@@ -121,7 +121,7 @@ class DataConfig:
     """Decoding processes per rank, at most one per core; 0 decodes in the training process."""
     max_broken: int = 10
     """Unreadable image files that are skipped before the run stops."""
-    max_pixels: int = 1 << 25
+    max_pixels: int = 30_000_000
     """Pixels of the largest image that is decoded (of a JPEG that is decoded at a reduced scale,
     those that remain); what is larger counts as unreadable. Decoding takes 4 to 20 bytes for each;
     Pillow refuses more than 178,956,970."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maect_fast.models.encoder import Encoder
-from maect_fast.names import printable, shortened
+from maect_fast.names import listed, printable, shortened
 from maect_fast.tensor_file import read_tensor_file
 
 __all__ = ["export_timm", "load_encoder"]
@@ -122,7 +122,7 @@ def _find_encoder(content: Mapping[str, Any], name: str) -> _Found:
     if not places:
         raise ValueError(f"{name}: expected a ViT encoder, found nothing named {ANCHOR}")
     if len(places) > 1:
-        shown = _first([place.where for place in places], "; ")
+        shown = listed([place.where for place in places], "; ")
         raise ValueError(f"{name}: expected one ViT encoder, found {len(places)}: {shown}")
     where, prefix, tensors, _ = places[0]
     return _Found(
@@ -165,7 +165,7 @@ def _compare(
     extra = [key for key in dropped if key.startswith(ENCODER_NAMES)]
     for keys, verb in ((lacking, "lacks"), (extra, "has, beyond this encoder,")):
         if keys:
-            raise ValueError(f"{where} {verb} {_first(keys)}")
+            raise ValueError(f"{where} {verb} {listed(keys)}")
     return missing, dropped
 
 
@@ -181,16 +181,10 @@ def _unfit(key: str, value: Tensor, own: Tensor) -> str | None:
     return None
 
 
-def _first(names: list[str], separator: str = ", ") -> str:
-    """The first four names, the others counted."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return separator.join(map(printable, names[:4])) + more
-
-
 def _summary(names: Iterable[str]) -> str:
     """The names, those below one module counted: `cls_token, decoder_blocks.* (96)`."""
     counts = Counter(name.split(".")[0] + (".*" if "." in name else "") for name in names)
-    return _first([name if count == 1 else f"{name} ({count})" for name, count in counts.items()])
+    return listed([name if count == 1 else f"{name} ({count})" for name, count in counts.items()])
 
 
 def _adapt_positions(

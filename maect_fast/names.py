@@ -5,8 +5,9 @@ terminal, reorder the letters around it, or be read as markup.
 """
 
 import re
+from collections.abc import Sequence
 
-__all__ = ["is_utf8", "markdown", "mathless", "one_line", "printable", "shortened"]
+__all__ = ["is_utf8", "listed", "markdown", "mathless", "one_line", "printable", "shortened"]
 
 SHORT = 40
 # What starts or ends something in Markdown, with its tables, HTML and formulas. A hyphen or a dot
@@ -37,6 +38,12 @@ def shortened(name: object, length: int = SHORT) -> str:
         return text
     head = (length - 1) * 2 // 3
     return f"{text[:head]}…{text[head + 1 - length :]}"
+
+
+def listed(names: Sequence[object], separator: str = ", ") -> str:
+    """The first four names, the others counted."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return separator.join(map(printable, names[:4])) + more
 
 
 def markdown(name: object) -> str:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from multiprocessing import forkserver, resource_tracker
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ from maect_fast.data.augment import (
 from maect_fast.data.feed import Feed
 from maect_fast.data.sources import Reduction, Source, TensorSource, UnfitImageError
 from maect_fast.kernels._common.philox import MASK32, philox4x32
-from maect_fast.names import one_line, printable
+from maect_fast.names import listed, one_line, printable
 
 __all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches"]
 
@@ -51,8 +50,6 @@ logger = logging.getLogger(__name__)
 STREAM = 3 << 32
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 1.0
-# Images of a kind that a message names; the others are counted.
-NAMED = 5
 
 
 class DataError(RuntimeError):
@@ -240,13 +237,12 @@ class _BrokenImages:
         return [self._line(kind) for kind in kinds]
 
     def _line(self, kind: str) -> str:
-        of_kind = {i: b.reason for i, b in sorted(self.found.items()) if b.kind == kind}
-        shown = [
-            f"{printable(self.source.name(index))} ({reason})"
-            for index, reason in islice(of_kind.items(), NAMED)
+        of_kind = [
+            f"{printable(self.source.name(index))} ({broken.reason})"
+            for index, broken in sorted(self.found.items())
+            if broken.kind == kind
         ]
-        more = [f"{len(of_kind) - NAMED} more"] if len(of_kind) > NAMED else []
-        return f"{len(of_kind)} ({kind}): {', '.join([*shown, *more])}"
+        return f"{len(of_kind)} ({kind}): {listed(of_kind)}"
 
     def names(self) -> list[str]:
         return [self.source.name(index) for index in self.found]

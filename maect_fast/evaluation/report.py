@@ -199,7 +199,9 @@ def _cell(row: Mapping[str, float], key: str) -> list[str]:
 
 
 def _slug(heading: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "figure"
+    slug = re.sub(r"[^a-z0-9]+", "-", heading.lower())
+    # A file name has at most 255 bytes.
+    return slug[:100].strip("-") or "figure"
 
 
 def _png(figure: Figure) -> bytes:

@@ -282,7 +282,7 @@ def load_module(module: nn.Module, state: dict[str, Tensor], name: str, run: Pat
         if own[key].shape != state[key].shape:
             raise CheckpointError(
                 f"{where}: {shown} has shape {list(state[key].shape)}, this configuration "
-                f"expects {list(own[key].shape)}; use the same {name}.* settings in both stages"
+                f"expects {list(own[key].shape)}; use the same {name}.* settings"
             )
         if own[key].is_floating_point() != state[key].is_floating_point():
             raise CheckpointError(

@@ -297,7 +297,7 @@ def test_many_odd_files_make_a_line_per_kind(
         list(loader.batches(epoch))
     (message,) = caplog.messages
     assert message.startswith("skipped 20 (no image): ")
-    assert message.endswith(", 15 more")
+    assert message.endswith(" and 16 more")
     assert "\n" not in message
     with pytest.raises(
         DataError, match=r"\(data.max_broken\): \d+ \(no image\): .* more$"

@@ -191,8 +191,8 @@ def test_each_real_folder_is_listed_once(
     assert names(source, root) == ["a/3.png", "b/1.png", "c/deep/2.png"]
     assert source.class_names == ["a", "b", "c"]
     (message,) = caplog.messages
-    assert "4 names left out" in message
-    assert "the first is again" in message
+    assert message.startswith("data.root: left out 4 (links to a folder that is listed already")
+    assert message.endswith(": again, around, c/deep/up, x")
 
 
 def test_what_is_no_regular_file_is_left_out(
@@ -211,8 +211,8 @@ def test_what_is_no_regular_file_is_left_out(
         server.bind("socket.png")
         assert names(open_folder(root), root) == ["1.png", "linked.png"]
     (message,) = caplog.messages
-    assert message.startswith("data.root: 5 names left out, which are no regular files")
-    assert message.endswith("the first is nowhere.png")
+    assert message.startswith("data.root: left out 5 (pipes, sockets, devices")
+    assert message.endswith("): nowhere.png, null.png, pipe.png, round.png and 1 more")
 
 
 def test_a_file_that_became_a_pipe_is_an_error(write_image: WriteImage, tmp_path: Path) -> None:
@@ -381,6 +381,22 @@ def test_grey_of_any_depth_is_scaled_by_its_range(
     assert pixels.min() == 0
     assert pixels.max() == 255
     assert np.abs(pixels[0] - values * (255 / maxval)).max() <= 1
+
+
+@pytest.mark.parametrize("maxval", [100, 255, 1023, 65535])
+def test_colours_of_any_depth_are_scaled_by_their_range(tmp_path: Path, maxval: int) -> None:
+    values = np.array([[0, maxval // 2, maxval], [maxval, 0, maxval // 3]])
+    content = values.astype(">u2" if maxval > 255 else "u1").tobytes()
+    (tmp_path / "x.ppm").write_bytes(f"P6\n1 2\n{maxval}\n".encode() + content)
+    image = open_folder(tmp_path).decode(0)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image)[:, 0] - values * (255 / maxval)).max() <= 1
+
+
+def test_a_deep_pgm_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
+    source = open_written(tmp_path, "x.pgm", b"P5\n4 4\n1023\n" + bytes(31))
+    with pytest.raises(ValueError, match="ends within the image"):
+        source.decode(0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
