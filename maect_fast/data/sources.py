@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, TypeAlias
+from typing import IO, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ class FolderSource(Source):
     def _limit(self, image: Image.Image, file: IO[bytes], reduction: Reduction | None) -> None:
         """Choose a JPEG's scale, and refuse what would take too much memory or time."""
         width, height = image.size
-        held = width * height
+        held, what = width * height, f"{width} x {height} pixels"
         if image.format in ("JPEG", "MPO"):
             factor = 1 if reduction is None else reduction(width, height)
             if factor > 1:
@@ -214,14 +214,15 @@ class FolderSource(Source):
             else:
                 held = image.width * image.height
         if isinstance(image, PpmImageFile) and image.tile[0][0] == "ppm_plain":
-            held *= TEXT
+            held, what = held * TEXT, f"{what} in letters ({TEXT} times the work)"
         if isinstance(image, TiffImageFile):
-            tags = image.tag_v2
-            held = max(held, tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0))
+            tile = [image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_LENGTH)]
+            if math.prod(tile) > held:
+                held, what = math.prod(tile), f"a tile of {tile[0]} x {tile[1]} pixels"
         if held > self.max_pixels:
             raise UnfitImageError(
                 "too large",
-                f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}",
+                f"{what}, more than data.max_pixels = {self.max_pixels}",
             )
 
     def name(self, index: int) -> str:
@@ -234,8 +235,11 @@ def _check_scans(file: IO[bytes]) -> None:
     """Refuse a progressive JPEG of more scans than any encoder writes."""
     position = file.tell()
     file.seek(0)
-    # Within a scan, 0xFF is followed by 0.
-    scans = file.read().count(b"\xff\xda")
+    scans, last = 0, b""
+    while part := file.read(1 << 20):
+        # Within a scan, 0xFF is followed by 0.
+        scans += (last + part).count(b"\xff\xda")
+        last = part[-1:]
     file.seek(position)
     if scans > MAX_SCANS:
         raise UnfitImageError("too large", f"a JPEG of {scans} scans, at most {MAX_SCANS}")
@@ -246,10 +250,11 @@ def _netpbm(image: PpmImageFile, file: IO[bytes]) -> Image.Image:
 
     Pillow does this in Python, pixel by pixel: 28 s for 33 million.
     """
-    codec, (_, _, width, height), offset, arguments = image.tile[0]
+    codec, _, offset, arguments = image.tile[0]
+    width, height = image.size
     if codec != "ppm":
         return image.point(lambda value: value / 256).convert("L") if image.mode == "I" else image
-    white = arguments[1]
+    white = cast("tuple[str, int]", arguments)[1]
     dtype = np.dtype(">u2" if white > 255 else "u1")
     table = (np.minimum(np.arange(256**dtype.itemsize), white) * (255 / white)).round()
     table = table.astype(np.uint8)
