@@ -219,16 +219,18 @@ def view_reduction(width: int, height: int, augment: AugmentConfig, img_size: in
     """
     low, high = augment.ratio
     smallest = math.sqrt(augment.scale[0] * width * height * min(low, 1 / high))
-    return _reduction(min(smallest, width, height), img_size)
+    return _reduction(width, height, min(smallest, width, height) / img_size)
 
 
 def eval_reduction(width: int, height: int, img_size: int) -> int:
     """The same for `eval_pixels`, which takes the whole image at a short side of S * 256 / 224."""
-    return _reduction(min(width, height), int(img_size * EVAL_RESIZE))
+    return _reduction(width, height, min(width, height) / int(img_size * EVAL_RESIZE))
 
 
-def _reduction(side: float, needed: int) -> int:
-    return next((factor for factor in (8, 4, 2) if side >= factor * needed), 1)
+def _reduction(width: int, height: int, most: float) -> int:
+    """The largest factor up to `most` that divides both sides: else the picture would shift."""
+    factors = (f for f in (8, 4, 2) if f <= most and width % f == height % f == 0)
+    return next(factors, 1)
 
 
 def image_views(

@@ -365,7 +365,14 @@ def test_all_bytes_are_normalised_to_the_same_bits(device: torch.device) -> None
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((1828, 1828), 1), ((1830, 1830), 2), ((3660, 3660), 4), ((9000, 9000), 8)],
+    [
+        ((1828, 1828), 1),
+        ((1830, 1830), 2),
+        ((3660, 3660), 4),
+        ((9000, 9000), 8),
+        ((9004, 9000), 4),
+        ((9001, 9000), 1),
+    ],
 )
 def test_reduced_images_are_large_enough_for_the_smallest_crop(
     size: tuple[int, int], expected: int
