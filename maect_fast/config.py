@@ -149,6 +149,10 @@ class DataConfig:
     """Decoding processes per rank, at most one per core; 0 decodes in the training process."""
     max_broken: Annotated[int, Interval("[0, 1000000000]")] = 10
     """Unreadable image files that are skipped before the run stops."""
+    max_pixels: Annotated[int, Interval("[1, 178956970]")] = 30_000_000
+    """Pixels of the largest image that is decoded (of a JPEG that is decoded at a reduced scale,
+    those that remain); what is larger counts as unreadable. Decoding takes 4 to 20 bytes for each;
+    Pillow refuses more than 178,956,970."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,13 +14,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -30,16 +32,19 @@ from maect_fast.data.augment import (
     bytes_to_normalized,
     draw,
     eval_pixels,
+    eval_reduction,
     finish_views,
     image_views,
     num_draws,
     tensor_views,
     to_normalized,
+    view_reduction,
 )
 from maect_fast.data.feed import Feed
-from maect_fast.data.sources import Source, TensorSource
+from maect_fast.data.sources import Reduction, Source, TensorSource, UnfitImageError
 from maect_fast.errors import UserError
 from maect_fast.kernels._common.philox import MASK32, philox4x32
+from maect_fast.names import listed, one_line, printable
 
 __all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches"]
 
@@ -77,6 +82,14 @@ class Batch:
     """[n] int64; -1 = no label."""
 
 
+class Broken(NamedTuple):
+    """Why an image cannot be read."""
+
+    kind: str
+    """In a word or two, the same for all of its kind."""
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Item:
     """What a worker hands over for one batch."""
@@ -86,8 +99,8 @@ class _Item:
     fp32. Void if too many are broken."""
     sample_id: Tensor
     """[n] int64, the images really shown."""
-    broken: dict[int, str]
-    """Index and reason of each image that could not be read."""
+    broken: dict[int, Broken]
+    """By index, why an image could not be read."""
 
     def pin_memory(self) -> "_Item":
         """The same in pinned memory; called by the DataLoader."""
@@ -126,15 +139,16 @@ class _TrainingBatches(Dataset[_Item]):
         dtype = torch.uint8 if stays_bytes else torch.float32
         views = _empty(self.num_views, len(indices), C, S, S, dtype=dtype)
         ids = list(indices)
-        broken: dict[int, str] = {}
+        broken: dict[int, Broken] = {}
         draws = self._draws(ids, epoch, NOISE)
+        reduction = partial(view_reduction, augment=self.augment, img_size=S)
         for row, index in enumerate(indices):
-            image = _decode(self.source, index, broken)
+            image = _decode(self.source, index, reduction, broken)
             while image is None:
                 if len(broken) > self.max_broken:
                     return _Item(views, _ids(ids), broken)
                 ids[row] = (ids[row] + 1) % len(self.source)
-                image = _decode(self.source, ids[row], broken)
+                image = _decode(self.source, ids[row], reduction, broken)
             own = draws[:, row : row + 1]
             if self.augment.noise or ids[row] != index:
                 own = self._draws([ids[row]], epoch, num_draws(self.augment, C * S * S))
@@ -162,9 +176,10 @@ class _EvaluationBatches(Dataset[_Item]):
         S, C = self.img_size, self.source.in_chans
         images = _empty(len(key[1]), C, S, S, dtype=torch.float32)
         ids: list[int] = []
-        broken: dict[int, str] = {}
+        broken: dict[int, Broken] = {}
+        reduction = partial(eval_reduction, img_size=S)
         for index in key[1]:
-            image = _decode(self.source, index, broken)
+            image = _decode(self.source, index, reduction, broken)
             if image is not None:
                 pixels = _to_float(eval_pixels(image, S))
                 images[len(ids)] = to_normalized(pixels, self.augment)
@@ -189,14 +204,30 @@ def _ids(ids: list[int]) -> Tensor:
     return _empty(len(ids), dtype=torch.int64).copy_(torch.tensor(ids, dtype=torch.int64))
 
 
-def _decode(source: Source, index: int, broken: dict[int, str]) -> Image.Image | None:
+def _decode(
+    source: Source, index: int, reduction: Reduction, broken: dict[int, Broken]
+) -> Image.Image | None:
     """Image `index`, or None and an entry in `broken` when it cannot be read."""
     try:
-        return source.decode(index)
+        return source.decode(index, reduction)
     # Pillow has no common base for what it raises on a damaged file.
     except Exception as error:
-        broken[index] = f"{type(error).__name__}: {error}"
+        broken[index] = _broken(error)
         return None
+
+
+def _broken(error: Exception) -> Broken:
+    if isinstance(error, UnfitImageError):
+        return Broken(error.kind, str(error))
+    if isinstance(error, UnidentifiedImageError):
+        return Broken("no image", "it begins like none")
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return Broken("too large", reason)
+    # What the system says has a number, what Pillow says has none.
+    if isinstance(error, OSError) and error.errno is not None:
+        return Broken("not to be opened", error.strerror or reason)
+    return Broken("damaged", reason)
 
 
 def _to_float(pixels: NDArray[np.uint8]) -> Tensor:
@@ -205,28 +236,47 @@ def _to_float(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 class _BrokenImages:
-    """Counts the distinct images that cannot be read, names each once, stops at the limit."""
+    """Counts the distinct images that cannot be read, tells them by kind, stops at the limit."""
 
     def __init__(self, source: Source, limit: int) -> None:
         self.source = source
         # At least one image must be left to stand in for the others.
         self.limit = min(limit, len(source) - 1)
-        self.reasons: dict[int, str] = {}
+        self.found: dict[int, Broken] = {}
+        self.told = 0
 
-    def add(self, broken: dict[int, str]) -> None:
-        for index, reason in broken.items():
-            if index not in self.reasons:
-                self.reasons[index] = reason
-                logger.warning("skipped %s: %s", self.source.name(index), reason)
-        if len(self.reasons) > self.limit:
+    def add(self, broken: dict[int, Broken]) -> None:
+        self.found |= broken
+        if len(self.found) > self.limit:
+            count = len(self.found)
+            # The message says it all; `tell` would say it again.
+            self.told = count
             raise DataError(
-                f"{len(self.reasons)} images cannot be read, at most {self.limit} may be"
-                " (data.max_broken): "
-                + "; ".join(f"{self.source.name(i)} ({why})" for i, why in self.reasons.items())
+                f"{count} images cannot be read, at most {self.limit} may be (data.max_broken): "
+                + "; ".join(self._kinds())
             )
 
+    def tell(self) -> None:
+        """One line per kind, if there is a new image since the last time."""
+        if len(self.found) > self.told:
+            self.told = len(self.found)
+            for line in self._kinds():
+                logger.warning("skipped %s", line)
+
+    def _kinds(self) -> list[str]:
+        kinds = sorted({broken.kind for broken in self.found.values()})
+        return [self._line(kind) for kind in kinds]
+
+    def _line(self, kind: str) -> str:
+        of_kind = [
+            f"{printable(self.source.name(index))} ({broken.reason})"
+            for index, broken in sorted(self.found.items())
+            if broken.kind == kind
+        ]
+        return f"{len(of_kind)} ({kind}): {listed(of_kind)}"
+
     def names(self) -> list[str]:
-        return [self.source.name(index) for index in self.reasons]
+        return [self.source.name(index) for index in self.found]
 
 
 class Loader:
@@ -356,9 +406,12 @@ class Loader:
 
     def _from_workers(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, ...]]:
         self._schedule.items = [(epoch, part.tolist()) for part in parts]
-        for item in _items(self._decoded):
-            self._broken.add(item.broken)
-            yield item.pixels, item.sample_id, self.source.labels[item.sample_id]
+        try:
+            for item in _items(self._decoded):
+                self._broken.add(item.broken)
+                yield item.pixels, item.sample_id, self.source.labels[item.sample_id]
+        finally:
+            self._broken.tell()
 
 
 class EvalBatches:
@@ -393,7 +446,7 @@ class EvalBatches:
     @property
     def skipped(self) -> list[int]:
         """Indices of the unreadable images left out; complete after a full pass."""
-        return sorted(self._broken.reasons)
+        return sorted(self._broken.found)
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
@@ -402,10 +455,13 @@ class EvalBatches:
         if isinstance(self.source, TensorSource):
             yield from self._in_memory(self.source)
             return
-        for item in _items(self._decoded):
-            self._broken.add(item.broken)
-            if len(item.sample_id):
-                yield item.pixels, self.source.labels[item.sample_id]
+        try:
+            for item in _items(self._decoded):
+                self._broken.add(item.broken)
+                if len(item.sample_id):
+                    yield item.pixels, self.source.labels[item.sample_id]
+        finally:
+            self._broken.tell()
 
     def _in_memory(self, source: TensorSource) -> Iterator[tuple[Tensor, Tensor]]:
         parts = zip(
@@ -430,8 +486,8 @@ def eval_batches(
 
     Files are resized to a short side of img_size * 256 / 224 (bicubic) and the middle is cut out;
     images in memory are taken as they are. Both are normalised with the mean and std of `augment`.
-    An image that cannot be read is left out and named in the log; `EvalBatches.skipped` has its
-    index.
+    An image that cannot be read is left out, and the log has a line for each kind of them at the
+    end; `EvalBatches.skipped` has their indices.
 
     Raises:
         DataError: while iterating, when more than `max_broken` images cannot be read.

@@ -31,6 +31,7 @@ from maect_fast.evaluation.runs import (
 )
 from maect_fast.models.encoder import Encoder
 from maect_fast.models.maect import PretrainModel
+from maect_fast.names import printable
 from maect_fast.training.log import read_metrics
 from maect_fast.training.run_directory import check_writable
 
@@ -93,14 +94,14 @@ def compare_runs(
         try:
             measured[name] = measure(subjects[name], methods=methods, seed=seed)
         except ValueError as error:
-            raise ConfigError(f"{run}: {error}") from error
+            raise ConfigError(f"{printable(run)}: {error}") from error
         if config.stage == "pretrain" and pretrained is None:
             pretrained = run_pretrain_model(config, state)
     rows = {name: result.metrics for name, result in measured.items()}
     curves = {title: read_metrics(run) for run, title in zip(runs, titles, strict=True)}
     figures = draw(curves, subjects, measured, pretrained=pretrained, seed=seed)
     path = write_report(out, title="Evaluation", tables={"Metrics": rows}, figures=figures)
-    return f"{format_table(rows)}\n\nreport: {path}"
+    return f"{format_table(rows)}\n\nreport: {printable(path)}"
 
 
 def _titles(runs: Sequence[Path]) -> list[str]:

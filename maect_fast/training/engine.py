@@ -17,7 +17,6 @@ from torch import nn
 from tqdm import tqdm
 
 from maect_fast.checkpoint import (
-    load_checkpoint,
     random_states,
     save_checkpoint,
     seed_generators,
@@ -26,6 +25,7 @@ from maect_fast.checkpoint import (
 )
 from maect_fast.config import Config, ConfigError, load_config, profile_window
 from maect_fast.data import Loader, build_source
+from maect_fast.names import is_utf8, printable
 from maect_fast.profiling import Profile
 from maect_fast.training.distributed import World, init_world
 from maect_fast.training.finite import check_finite, not_finite
@@ -44,6 +44,7 @@ from maect_fast.training.stages import (
     StageState,
     build_stage,
     last_checkpoint,
+    load_state,
     start_weights,
 )
 from maect_fast.training.update import TrainingError, Update
@@ -89,6 +90,8 @@ def run_stage(
         CheckpointError: a checkpoint that is damaged or does not fit.
         TrainingError: the loss is not finite.
     """
+    if not is_utf8(out):
+        raise ConfigError(f"--out: expected a path in UTF-8, got {printable(out)}")
     world = init_world(config.device)
     if world.watch is not None:
         world.watch.patience = config.rank_timeout
@@ -112,7 +115,7 @@ def _run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     last = last_checkpoint(out)
-    resumed = load_checkpoint(last) if last.exists() else None
+    resumed = load_state(out) if last.exists() else None
     record = RunRecord(**resumed.get("record", {})) if resumed else RunRecord()
     if resumed is not None:
         if "record" in resumed:  # runs of before do not know
@@ -141,7 +144,7 @@ def _run(
                 f"data.root: the run in {out} has {resumed['total']} updates, these images give "
                 f"{total}; continue it with the images it was started with"
             )
-        state.load_state_dict(resumed)
+        state.load_state_dict(resumed, out)
         # With another number of ranks the generators start anew: nothing of ours draws from them.
         if len(resumed["random_states"]) == world.size:
             set_random_states(resumed["random_states"][world.rank])

@@ -52,6 +52,7 @@ MAY_CHANGE = {
     "data.test_root",
     "data.workers",
     "data.max_broken",
+    "data.max_pixels",
     "checkpoint_every",
     "chunk_size",
     "save_minutes",

@@ -354,7 +354,8 @@ def test_stage_3_starts_where_stage_2_ended(tmp_path: Path) -> None:
     for batch in batches(FP32):
         make_update(batch)
     stage2.update = TOTAL
-    save_checkpoint(last_checkpoint(tmp_path), stage2.state_dict())
+    saved = {**stage2.state_dict(), "config": {}, "random_states": []}
+    save_checkpoint(last_checkpoint(tmp_path), saved)
     stage3 = build(tiny_config(STAGE3, FP32, seed=6), FP32)
     start_weights(stage3, init=tmp_path)
     assert isinstance(stage2.model, ContrastiveModel)

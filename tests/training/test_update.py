@@ -290,7 +290,7 @@ def test_a_run_continues_from_a_checkpoint(
         update = capturing(first)
         for _ in range(stopped_after):
             update(next(source))
-        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        second.load_state_dict(copy.deepcopy(first.state_dict()), Path("run"))
         update = capturing(second) if capture_again else Update(second, second.model, CPU)
         for _ in range(UPDATES - stopped_after):
             update(next(source))
