@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(CPP)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt \
 		torch 'setuptools>=77' wheel 'cmake>=3.25' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/uv pip install --quiet --python $(BIN)/python \
-		-c constraints.txt --no-build-isolation --reinstall-package maect-fast -e '.[dev]'
+		-c constraints.txt --compile-bytecode --no-build-isolation --reinstall-package maect-fast -e '.[dev]'
 	@$(BIN)/python -c "from maect_fast.kernels._common import cpp; print('C++ library:', cpp.status())"
 	@touch $@
 

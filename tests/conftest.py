@@ -37,8 +37,40 @@ def _let_the_interpreter_count() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _let_the_interpreter_prepare_once() -> None:
+    """Triton 3.6 replaces the language's functions anew in every call of a device function.
+
+    Once per launch is enough, and most of the time of an interpreted kernel is saved.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    prepared: set[str] = set()
+
+    def patched(function: Any) -> Any:
+        modules = (language, language.core)
+        seen = {x.__name__ for x in function.__globals__.values() if x in modules}
+        if seen <= prepared:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        prepared.update(seen)
+        # Called at the end of a launch, of its own scope alone.
+        restore = scope.restore
+
+        def end() -> None:
+            restore()
+            prepared.clear()
+
+        scope.restore = end
+        return scope
+
+    interpreter._patch_lang = patched
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     _let_the_interpreter_count()
+    _let_the_interpreter_prepare_once()
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
