@@ -172,6 +172,16 @@ def test_duplicates_are_all_found(search: Search, device: torch.device) -> None:
     assert found.indices.tolist() == [[5, 9, 17, 40]]
 
 
+@pytest.mark.parametrize("D", [37, 256])
+def test_equal_rows_have_equal_scores_wherever_they_lie(D: int, device: torch.device) -> None:
+    """Also at the end of a product and of a block, where a library sums in another order."""
+    row, query = unit_rows(1, D, device=device), unit_rows(7, D, device=device, seed=1)
+    for Q in (5, 9, 33, 1041, reference.BLOCK_Q + 5):
+        found = queue_topk(query, row.expand(Q, D).contiguous(), k=5, backend="reference")
+        assert found.indices.tolist() == [[0, 1, 2, 3, 4]] * 7
+        assert torch.equal(found.values, found.values[:, :1].expand(7, 5))
+
+
 @pytest.mark.parametrize(("backend", "blocks"), in_blocks((2, 3)), ids=str)
 def test_nan_scores_rank_last(
     backend: Any, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch, device: torch.device
