@@ -140,6 +140,11 @@ class NNCLROutput(NamedTuple):
 
     Rows of this rank; 0 if there is no such pair. A health signal, no part of the loss.
     """
+    searched_again: Tensor
+    """Share of rows that a GPU had to search again: of time, not of results; 0 on the CPU.
+
+    Near 0 as long as features differ; own copies in a queue larger than the data set raise it, too.
+    """
 
 
 class NNCLRLoss(nn.Module):
@@ -211,6 +216,7 @@ class NNCLRLoss(nn.Module):
             )
         assert found.picked_index is not None
         assert found.picked_neighbour is not None
+        assert found.searched_again is not None
         with profile_range("loss"):
             loss = info_nce(
                 predicted,
@@ -231,4 +237,4 @@ class NNCLRLoss(nn.Module):
                     sample_id=None if sample_id is None else all_gather_rows(sample_id, self.group),
                     label=None if label is None else all_gather_rows(label, self.group),
                 )
-        return NNCLROutput(loss, accuracy)
+        return NNCLROutput(loss, accuracy, found.searched_again.float().mean())

@@ -93,6 +93,11 @@ class TopK(NamedTuple):
     """[.., D] in the queue's dtype, with `pick`: a copy of the drawn slot's row."""
     label_hit: Tensor | None = None
     """[..] bool, with `pick` and labels: the drawn slot has the query's label, which is >= 0."""
+    searched_again: Tensor | None = None
+    """[..] bool: rows of which rounded scores could not tell the first K, so that they took longer.
+
+    Never on the CPU, and not told by the reference.
+    """
 
 
 def draw_ranks(pick: Pick, shape: torch.Size, k: int, device: torch.device) -> Tensor:
@@ -182,7 +187,7 @@ def _search(
 
 
 def _scores(unit: Tensor, rows: Tensor) -> Tensor:
-    """unit @ rows.T, where equal rows have equal scores."""
+    """Products of unit rows with the queue's, equal for equal rows of it."""
     num_slots = len(rows)
     if num_slots % WHOLE_TILES:
         rows = pad(rows, (0, 0, 0, -num_slots % WHOLE_TILES))
