@@ -29,6 +29,7 @@ from maect_fast.benchmarks.run import floor_rows, measure_op
 from maect_fast.benchmarks.table import markdown, reasons, summary
 from maect_fast.benchmarks.trace import trace_op
 from maect_fast.benchmarks.warm import compile_ahead
+from maect_fast.errors import Parser
 
 __all__ = ["main"]
 
@@ -137,7 +138,7 @@ def _base(words: Sequence[str], options: argparse.Namespace) -> int:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [options] | check | trace | step | plot FOLDER | table FOLDER",
         description="Time the ops beside their peers and beside what this device can do at best. "
@@ -241,7 +242,7 @@ def _default_dtype(device: torch.device) -> str:
 
 
 def _check(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="maect-fast bench check", description="Run every op against its definition in fp64."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if any")
@@ -256,7 +257,7 @@ def _check(words: Sequence[str]) -> int:
 
 
 def _trace(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="maect-fast bench trace",
         description="Profile our ops, by default at the first of this device's shapes: a table of "
         "what they launch, and a Chrome trace per op and mode.",
@@ -281,7 +282,7 @@ def _trace(words: Sequence[str]) -> int:
 
 
 def _plot(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="maect-fast bench plot", description=draw.__doc__)
+    parser = Parser(prog="maect-fast bench plot", description=draw.__doc__)
     parser.add_argument("folder", type=Path, help="results of a device: CSV files")
     parser.add_argument("--out", type=Path, help="default: the same folder")
     options = parser.parse_args(words)
@@ -291,7 +292,7 @@ def _plot(words: Sequence[str]) -> int:
 
 
 def _table(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="maect-fast bench table", description="Print a device's results as Markdown."
     )
     parser.add_argument("folder", type=Path, help="results of a device: CSV files")

@@ -6,7 +6,6 @@ a GPU the kernels are compiled for sm_90 and launched into a driver that does no
 host's work but the driver's own.
 """
 
-import argparse
 import ctypes
 import gc
 import os
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from maect_fast.benchmarks.results import append_rows, device_folder, environment_columns
+from maect_fast.errors import Parser
 from maect_fast.kernels import (
     Pick,
     QueueState,
@@ -301,7 +301,7 @@ def _microseconds(
 
 def main(words: Sequence[str]) -> int:
     """Measure, print, keep."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="maect-fast bench host",
         description="Time what each op costs the host, on a GPU, or without one against a driver "
         "that launches nothing.",

@@ -1,10 +1,10 @@
 """Images per second and MFU of whole training updates: `maect-fast bench step`.
 
 Timed is the engine's own update on a batch that lies on the device, and in stage 3 beside it, on a
-CPU in turn with it, the same update in stock PyTorch (`stock.py`); what making a batch costs is
-reported beside it. MFU, the model FLOPs utilisation, is the model's FLOPs per second over the
-matrix rate measured here: what an implementation leaves out counts for it, what it computes twice
-counts against it.
+CPU in turn with it, the same update in stock PyTorch (`stock.py`) and as the authors' program makes
+it (`official.py`); what making a batch costs is reported beside it. MFU, the model FLOPs
+utilisation, is the model's FLOPs per second over the matrix rate measured here: what an
+implementation leaves out counts for it, what it computes twice counts against it.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maect_fast.benchmarks.floors import matrix_rate
 from maect_fast.benchmarks.results import OURS, append_rows, device_folder, environment_columns
 from maect_fast.benchmarks.table import number
+from maect_fast.errors import Parser
 
 if TYPE_CHECKING:
     from maect_fast.config import Config
@@ -39,15 +40,16 @@ if TYPE_CHECKING:
 
 __all__ = ["StepRow", "UpdateFlops", "main", "measure_step", "update_flops"]
 
-WARMUP = 3
+# An update is captured in the fourth.
+WARMUP = 5
 # Settings that the results show anyhow.
 HAVE_COLUMNS = ("batch_size", "device", "precision", "threads")
 # Columns that say what was measured.
 KEY = (
     *("recipe", "overrides", "stage", "batch_size", "dtype", "gpu", "cpu", "threads"),
-    *("provider", "compiled"),
+    *("provider", "compiled", "captured"),
 )
-STOCK = "stock"
+STOCK, OFFICIAL = "stock", "official"
 # Updates whose enqueueing is timed, each on an idle device.
 HOST_UPDATES = 3
 
@@ -68,6 +70,8 @@ class UpdateFlops:
     """Projector and predictor, and once the target projector."""
     search: int
     """Similarities with the queue."""
+    int8: int
+    """Those of the frozen part's products that are in int8."""
 
     @property
     def total(self) -> int:
@@ -117,6 +121,8 @@ class StepRow:
     provider: str = OURS
     compiled: str = ""
     """What torch.compile was asked for: the transformer "blocks", or nothing."""
+    captured: str = ""
+    """What is launched as one CUDA graph: the "update", or nothing."""
     launches: int | None = None
     """Per update: what the GPU is given, kernels and copies; on a CPU operator calls."""
     host_ms: float | None = None
@@ -133,15 +139,17 @@ def update_flops(model: "PretrainModel | ContrastiveModel", config: "Config") ->
     encoder, decoder = model.encoder, model.decoder
     head = getattr(model, "head", None)
     num_kept = 1 + int(encoder.num_patches * (1 - config.mask_ratio))
-    frozen = tuned = head_flops = search = 0
+    frozen = tuned = head_flops = search = int8 = 0
     if head is not None:
         frozen, tuned = _encoder_flops(encoder, 1 + encoder.num_patches)
+        int8 = _int8_flops(encoder, 1 + encoder.num_patches)
         head_flops = 3 * (_linear_flops(head.projector, 1) + _linear_flops(head.predictor, 1))
         if head.target_projector is not None:
             head_flops += _linear_flops(head.target_projector, 1)
         search = 2 * head.loss.queue.queue.numel()
     if decoder is not None:
         masked = _encoder_flops(encoder, num_kept)
+        int8 += _int8_flops(encoder, num_kept)
         frozen, tuned = frozen + masked[0], tuned + masked[1] + _decoder_flops(decoder, num_kept)
     views = config.num_views
     return UpdateFlops(
@@ -149,6 +157,7 @@ def update_flops(model: "PretrainModel | ContrastiveModel", config: "Config") ->
         tuned=views * 3 * tuned,
         head=views * head_flops,
         search=views * search,
+        int8=views * int8,
     )
 
 
@@ -159,6 +168,15 @@ def _encoder_flops(encoder: "Encoder", num_tokens: int) -> tuple[int, int]:
     # A frozen stem comes before the frozen blocks; beyond the last block is the final norm.
     num_frozen = encoder.num_frozen + 1 if encoder.num_frozen else 0
     return sum(layers[:num_frozen]), sum(layers[num_frozen:])
+
+
+def _int8_flops(encoder: "Encoder", num_tokens: int) -> int:
+    """Of the frozen layers, the products in int8: all linear layers of a block but proj."""
+    blocks: list[Any] = [block for block in encoder.blocks if block.is_int8]
+    return sum(
+        _linear_flops(block, num_tokens) - _linear_flops(block.attn.proj, num_tokens)
+        for block in blocks
+    )
 
 
 def _decoder_flops(decoder: "Decoder", num_kept: int) -> int:
@@ -190,6 +208,7 @@ def measure_step(
     num_updates: int,
     providers: Sequence[str] = (OURS,),
     compile_blocks: bool = False,
+    capture: bool = True,
 ) -> list[StepRow]:
     """Time updates with random weights on synthetic images, those of several providers in turn.
 
@@ -198,8 +217,9 @@ def measure_step(
         config: the recipe with the overrides.
         overrides: for the rows.
         num_updates: how many of each are timed, at least two, after some that are not.
-        providers: ours and stock PyTorch.
+        providers: ours, stock PyTorch and the authors' way.
         compile_blocks: of stock PyTorch.
+        capture: of ours, on a GPU, in a CUDA graph.
     """
     from maect_fast.training.distributed import init_world
     from maect_fast.training.stages import matrix_dtype
@@ -208,7 +228,9 @@ def measure_step(
     device, dtype = world.device, matrix_dtype(config, world.device)
     batch, data_seconds = _batch(config, world)
     total = WARMUP + num_updates + HOST_UPDATES + 1
-    programs = [_program(p, config, world, batch, total, compile_blocks) for p in providers]
+    programs = [
+        _program(p, config, world, batch, total, compile_blocks, capture) for p in providers
+    ]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = _seconds([update for update, _ in programs], num_updates, device)
@@ -242,6 +264,7 @@ def measure_step(
             data_ms=1e3 * data_seconds,
             provider=provider,
             compiled="blocks" if provider == STOCK and compile_blocks else "",
+            captured="update" if getattr(update.func, "is_captured", False) else "",
             host_ms=_host_ms(update, device),
             launches=_launches(update, device),
             **environment_columns(device),
@@ -257,26 +280,27 @@ def _program(
     batch: "Batch",
     total: int,
     compile_blocks: bool,
-) -> tuple[Callable[[], object], "PretrainModel | ContrastiveModel"]:
+    capture: bool,
+) -> tuple[partial[Any], "PretrainModel | ContrastiveModel"]:
     """An update to call, and the model by which its FLOPs are counted."""
-    from maect_fast.training.engine import _update
     from maect_fast.training.stages import build_stage, matrix_dtype
+    from maect_fast.training.update import Update
 
     if provider == OURS:
         state = build_stage(config, world, total=total)
-        return partial(_update, state, state.model, batch, world), state.model
+        return partial(Update(state, state.model, world, capture=capture), batch), state.model
+    from maect_fast.benchmarks.official import OfficialTuning
     from maect_fast.benchmarks.stock import StockTuning
 
-    stock = StockTuning(
-        config,
-        world.device,
-        matrix_dtype(config, world.device),
-        compile_blocks=compile_blocks,
-        batch=(batch.views, batch.sample_id),
-    )
+    dtype, given = matrix_dtype(config, world.device), (batch.views, batch.sample_id)
+    other: StockTuning
+    if provider == STOCK:
+        other = StockTuning(config, world.device, dtype, compile_blocks=compile_blocks, batch=given)
+    else:
+        other = OfficialTuning(config, world.device, dtype, batch=(*given, batch.label))
     with torch.device("meta"):
         model = build_stage(config, replace(world, device=torch.device("meta")), total=1).model
-    return stock.update, model
+    return partial(other.update), model
 
 
 def _host_ms(update: Callable[[], object], device: torch.device) -> float | None:
@@ -397,7 +421,9 @@ def _cells(row: StepRow) -> list[str]:
         f"{row.mfu:.1%}",
         number(row.peak_mib),
         number(row.data_ms),
-        f"{row.provider}, {row.compiled} compiled" if row.compiled else row.provider,
+        row.provider
+        + (f", {row.compiled} compiled" if row.compiled else "")
+        + (f", {row.captured} captured" if row.captured else ""),
         number(row.launches),
         number(row.host_ms),
     ]
@@ -441,6 +467,7 @@ def main(words: Sequence[str]) -> int:
                     num_updates=options.updates,
                     providers=providers,
                     compile_blocks=compile_blocks,
+                    capture=options.capture,
                 )
             except torch.OutOfMemoryError:
                 who = recipe if providers == [OURS] else f"{recipe}, {', '.join(providers)}"
@@ -454,9 +481,9 @@ def main(words: Sequence[str]) -> int:
                 rows[row.provider] = row
                 print(f"| {' | '.join(_cells(row))} |", flush=True)
             append_rows(options.out / device_folder(device) / "step.csv", measured, key=KEY)
-        if rows.keys() >= {OURS, STOCK}:
-            ratio = number(rows[OURS].p50_ms / rows[STOCK].p50_ms)
-            print(f"{recipe}: an update of {OURS} takes {ratio} times as long as {STOCK}'s")
+        for other in [name for name in rows if name != OURS] if OURS in rows else []:
+            ratio = number(rows[OURS].p50_ms / rows[other].p50_ms)
+            print(f"{recipe}: an update of {OURS} takes {ratio} times as long as {other}'s")
     return code
 
 
@@ -470,7 +497,7 @@ def _release(device: torch.device) -> None:
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options, and the key=value overrides wherever they stand."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="maect-fast bench step",
         usage="%(prog)s [options] [key=value ...]",
         description="Time whole training updates of recipes, with random weights on synthetic "
@@ -486,8 +513,15 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--provider",
         nargs="+",
-        choices=(OURS, STOCK),
-        help=f"default: {OURS}, and beside tune {STOCK}: the same in stock PyTorch",
+        choices=(OURS, STOCK, OFFICIAL),
+        help=f"default: {OURS}, and in tune {STOCK}, the same in stock PyTorch, and {OFFICIAL}, as "
+        "the authors' program does it",
+    )
+    parser.add_argument(
+        "--no-capture",
+        dest="capture",
+        action="store_false",
+        help=f"on a GPU, launch {OURS}'s update kernel by kernel instead of as one CUDA graph",
     )
     parser.add_argument(
         "--compile-blocks",
@@ -509,7 +543,8 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.updates < 2:
         parser.error(f"--updates: expected at least 2, got {options.updates}")
     if options.provider is None:
-        options.provider = [OURS, STOCK] if options.stage == "tune" else [OURS]
-    if STOCK in options.provider and options.stage != "tune":
-        parser.error(f"--provider: {STOCK} does tune only, got {options.stage}")
+        options.provider = [OURS, STOCK, OFFICIAL] if options.stage == "tune" else [OURS]
+    for provider in options.provider:
+        if provider != OURS and options.stage != "tune":
+            parser.error(f"--provider: {provider} does tune only, got {options.stage}")
     return options, overrides

@@ -4,6 +4,7 @@ timm's ViT with SDPA, its blocks compiled one by one, eager search and loss, tor
 the sizes, the batch, the parameter groups, the EMAs and the queue of a recipe, none of our code.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +62,16 @@ class StockTuning:
         if compile_blocks:
             for block in self.encoder.blocks:
                 block.compile(dynamic=False)
-        self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
+        groups = self._groups([self.encoder, self.projector, self.predictor])
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.tuned = [p for p in self.encoder.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.tuned]
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def _groups(self, modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
         """Parameters by rate and weight decay: by layer, and biases and norms apart."""
         optim, depth = self.config.optim, len(self.encoder.blocks)
         groups: dict[tuple[float, float], list[Tensor]] = {}
-        for module in (self.encoder, self.projector, self.predictor):
+        for module in modules:
             for name, parameter in module.named_parameters():
                 lr, weight_decay = optim.other_lr, optim.other_weight_decay
                 if module is self.encoder:

@@ -10,8 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maect_fast.kernels import attention, masked_attention
+from maect_fast.kernels._common.checks import check_int
 
-__all__ = ["FusedAttention", "FusedMultiheadAttention"]
+__all__ = ["FusedAttention", "FusedMultiheadAttention", "is_bare"]
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module is one of its class's forward, and nothing more."""
+    own = vars(module)
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
+    )
 
 
 class FusedAttention(nn.Module):
@@ -126,6 +140,11 @@ class FusedAttention(nn.Module):
                 o = masked_attention(torch.stack((q, k, v), dim=-3), **modes)
         return self._project(o.unsqueeze(0) if block_diagonal else o, x)
 
+    @property
+    def has_first_token(self) -> bool:
+        """Whether `qkv` computes what its weight says, and nobody watches or changes it."""
+        return type(self.qkv) is nn.Linear and is_bare(self.qkv)
+
     def first_token(self, x: Tensor) -> Tensor:
         """Row 0 of `forward(x)`: tokens [B, N, C] to [B, 1, proj's width].
 
@@ -136,10 +155,12 @@ class FusedAttention(nn.Module):
             x: tokens; gets a gradient at every row.
 
         Raises:
-            TypeError: `qkv` is no `nn.Linear`, whose rows could be taken apart.
+            TypeError: `qkv` is not just an `nn.Linear`, whose rows could be taken apart.
         """
-        if not isinstance(self.qkv, nn.Linear):
-            raise TypeError(f"qkv: expected an nn.Linear, got {type(self.qkv).__qualname__}")
+        if not self.has_first_token:
+            kind = type(self.qkv).__qualname__
+            raise TypeError(f"qkv: expected an nn.Linear without hooks, got {kind}")
+        assert isinstance(self.qkv, nn.Linear)
         weight, bias = self.qkv.weight, self.qkv.bias  # [3 * H * D, C], [3 * H * D]
         width = len(weight) // 3
         q_weight, kv_weight = weight.split_with_sizes([width, 2 * width])
@@ -192,6 +213,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, *, bias: bool = True) -> None:
+        check_int("num_heads", num_heads, 1)
+        check_int("embed_dim", embed_dim, 1)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim: expected a multiple of {num_heads}, got {embed_dim}")
         super().__init__(embed_dim, num_heads, bias=bias, batch_first=True)
 
     def forward(

@@ -9,22 +9,34 @@ are added, and their gradients summed, inside the ops beside the matrix products
     r, h = norm_linear(r, p, b_proj, norm2, fc1)
     a = gelu_linear(h, b_fc1, fc2)
 
+A frozen block may have qkv, fc1 and fc2 in int8: norm and GELU write rows with a scale each. What
+proj reads has no such pass before it, and stays as it is.
+
 Saved for the backward are r twice, qkv, the attention's output and h: what norm and GELU gave is
 made again by the kernels of their backward.
 """
 
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from itertools import takewhile
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
+from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from maect_fast.attention import FusedAttention
-from maect_fast.kernels import masked_attention, residual_norm
+from maect_fast.attention import FusedAttention, is_bare
+from maect_fast.kernels import (
+    gelu_int8,
+    int8_linear,
+    masked_attention,
+    quantize_rows,
+    residual_norm,
+    residual_norm_int8,
+)
 from maect_fast.kernels._common.gpu import is_gpu
 from maect_fast.kernels._common.library import Differentiable, needs_gradient
 from maect_fast.kernels.gelu.op import gelu_bwd, gelu_fwd
@@ -34,7 +46,16 @@ from maect_fast.kernels.residual_norm.op import (
     residual_norm_fwd,
 )
 
-__all__ = ["FusedBlock", "Stream", "layout_obstacle", "normed", "obstacle", "run_blocks"]
+__all__ = [
+    "FusedBlock",
+    "Stream",
+    "has_global_hooks",
+    "is_bare",
+    "layout_obstacle",
+    "normed",
+    "obstacle",
+    "run_blocks",
+]
 
 
 class Stream(NamedTuple):
@@ -58,7 +79,7 @@ class FusedBlock(nn.Module):
     """timm's plain pre-norm `Block` after `fuse`: the same modules, fewer passes over memory.
 
     ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``. Where `obstacle` names one, and with a mask,
-    the block computes by timm's own forward.
+    the block computes by timm's own forward; with `is_int8` on a CPU too by this one.
 
     Source: timm: models/vision_transformer.py, Block.
     """
@@ -68,6 +89,8 @@ class FusedBlock(nn.Module):
     norm2: nn.LayerNorm
     mlp: Any
     _unfused: type[nn.Module]
+    is_int8 = False
+    """Whether qkv, fc1 and fc2 multiply in int8, which has no gradient."""
 
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
         """Tokens [B, N, C] to the same, in the dtype of x.
@@ -78,24 +101,41 @@ class FusedBlock(nn.Module):
             is_causal: False.
         """
         if attn_mask is None and not is_causal and obstacle(self, x) is None:
-            return self.advance(Stream(x), keeps_bias=False).added()
+            return self.advance(Stream(x), _cast([self], x), keeps_bias=False).added()
         return self._unfused.forward(self, x, attn_mask, is_causal)  # type: ignore[no-any-return]
 
-    def advance(self, stream: Stream, *, keeps_bias: bool) -> Stream:
-        """The stream behind this block; nothing but `obstacle` is checked.
+    def advance(self, stream: Stream, copies: "Copies", *, keeps_bias: bool) -> Stream:
+        """The stream behind this block; nothing is checked, `obstacle` is the caller's to ask.
 
         Args:
             stream: before it.
+            copies: of its weights, in the dtype of products.
             keeps_bias: the next norm is to add the last bias, or else the last product does.
         """
+        if self.is_int8:
+            return self._advance_int8(stream, copies, keeps_bias=keeps_bias)
+        attn, mlp = self.attn, self.mlp
+        r, qkv = _norm_linear(stream, self.norm1, attn.qkv.weight, attn.qkv.bias, copies)
+        o = masked_attention(torch.unflatten(qkv, -1, (3, attn.num_heads, -1))).flatten(-2)
+        p = _linear(o, attn.proj.weight, copies)
+        r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1.weight, None, copies)
+        bias = None if keeps_bias else mlp.fc2.bias
+        a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, copies)
+        return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
+
+    @torch.no_grad()
+    def _advance_int8(self, stream: Stream, copies: "Copies", *, keeps_bias: bool) -> Stream:
         dtype = _product_dtype(stream.r)
         attn, mlp = self.attn, self.mlp
-        r, qkv = _norm_linear(stream, self.norm1, attn.qkv, attn.qkv.bias, dtype)
+        r, y, scale = _norm_int8(stream, self.norm1)
+        qkv = int8_linear(y, scale, *_quantized(attn.qkv.weight), attn.qkv.bias, dtype=dtype)
         o = masked_attention(torch.unflatten(qkv, -1, (3, attn.num_heads, -1))).flatten(-2)
-        p = _linear(o, attn.proj.weight, dtype)
-        r, h = _norm_linear(Stream(r, p, attn.proj.bias), self.norm2, mlp.fc1, None, dtype)
+        p = _linear(o, attn.proj.weight, copies)
+        r, y, scale = _norm_int8(Stream(r, p, attn.proj.bias), self.norm2)
+        h = int8_linear(y, scale, *_quantized(mlp.fc1.weight), dtype=dtype)
+        g, scale = gelu_int8(h, mlp.fc1.bias)
         bias = None if keeps_bias else mlp.fc2.bias
-        a = _gelu_linear(h, mlp.fc1.bias, mlp.fc2.weight, bias, dtype)
+        a = int8_linear(g, scale, *_quantized(mlp.fc2.weight), bias, dtype=dtype)
         return Stream(r, a, mlp.fc2.bias if keeps_bias else None)
 
 
@@ -104,20 +144,28 @@ def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
 
     A block that is no `FusedBlock`, that has an `obstacle` or hooks of its own, is called.
     """
-    for block in blocks:
-        fused = block if isinstance(block, FusedBlock) and _is_bare(block) else None
-        if fused is not None and obstacle(fused, stream.r) is None:
-            stream = fused.advance(stream, keeps_bias=True)
-        else:
-            stream = Stream(block(stream.added()))
+    left = list(blocks)
+    while left:
+        # Behind a fused block the stream is as before it, as far as obstacles go.
+        fused: list[Any] = list(takewhile(functools.partial(_is_fused, stream.r), left))
+        copies = _cast(fused, stream.r)
+        for block in fused:
+            stream = block.advance(stream, copies, keeps_bias=True)
+        if not fused:
+            stream = Stream(left[0](stream.added()))
+        left = left[max(len(fused), 1) :]
     return stream
+
+
+def _is_fused(r: Tensor, block: nn.Module) -> bool:
+    return isinstance(block, FusedBlock) and is_bare(block) and obstacle(block, r) is None
 
 
 def normed(norm: Any, stream: Stream) -> Tensor:
     """The norm of the stream, in the dtype of r, under autocast in fp32."""
     r, branch, bias = stream
     dtype = r.dtype if _autocast_dtype(r) is None else torch.float32
-    if branch is None or not (_is_bare(norm) and _is_layer_norm(norm, r.shape[-1])):
+    if branch is None or not (is_bare(norm) and _is_layer_norm(norm, r.shape[-1])):
         plain: Tensor = norm(stream.added().to(dtype))
         return plain
     weight, shift, eps = norm.weight, norm.bias, norm.eps
@@ -163,7 +211,8 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         return "torch.compile is tracing: it fuses the rest around our attention"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
-    if reason := _place_obstacle(x, _product_dtype(x)):
+    is_int8 = block.is_int8 if isinstance(block, FusedBlock) else False
+    if not is_int8 and (reason := _place_obstacle(x, _product_dtype(x))):
         return reason
     if reason := layout_obstacle(block):
         return reason
@@ -179,13 +228,17 @@ def obstacle(block: Any, x: Tensor) -> str | None:
         if type(drop) is not nn.Identity and (type(drop) is not nn.Dropout or _drops(drop)):
             return "it drops features in training (proj_drop)"
     inside = (*layers.values(), *in_attn.values(), *in_mlp.values())
-    if not all(layer is None or _is_bare(layer) for layer in inside) or _has_global_hooks():
+    if not all(layer is None or is_bare(layer) for layer in inside) or has_global_hooks():
         return "a layer inside has hooks or a forward of its own"
     weights = [layer.weight for layer in (layers["norm1"], layers["norm2"], *linears)]
     if any(weight.device != x.device for weight in weights):
         return f"its parameters are not on {x.device}, as its tokens are"
     if _autocast_dtype(x) is None and any(weight.dtype != x.dtype for weight in weights):
         return f"its parameters are not {x.dtype}, as its tokens are, and there is no autocast"
+    if is_int8 and torch.is_grad_enabled():
+        parameters = (p for layer in inside if layer is not None for p in layer.parameters())
+        if x.requires_grad or any(p.requires_grad for p in parameters):
+            return "something in it trains: products in int8 have no gradient"
     return None
 
 
@@ -230,61 +283,89 @@ def _drops(drop: nn.Dropout) -> bool:
     return drop.training and drop.p > 0
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module is one of its class's forward, and nothing more."""
-    own = vars(module)
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
+def has_global_hooks() -> bool:
+    """Whether calling any module runs more than that. FlopCounterMode's hooks only look."""
+    hooks = (
+        *module_hooks._global_forward_hooks.values(),
+        *module_hooks._global_forward_pre_hooks.values(),
+        *module_hooks._global_backward_hooks.values(),
+        *module_hooks._global_backward_pre_hooks.values(),
     )
+    return any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
 
 
-def _has_global_hooks() -> bool:
-    return bool(
-        module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
-    )
+# Parameters in the dtype of products, by their identity.
+Copies: TypeAlias = dict[int, Tensor]
 
 
-# Weights in the dtype of products, by parameter and as of a version of it.
-_CAST = WeakTensorKeyDictionary()
+@torch.no_grad()
+def _cast(blocks: Iterable[Any], like: Tensor) -> Copies:
+    """What the blocks multiply, in the dtype that products of `like` have, cast in one call.
 
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in the dtype of products, cast once for each of its values.
-
-    A value is known by autograd's version counter, which an optimiser and `load_state_dict` move.
-    Who writes to numbers through `.data`, behind autograd's back, moves nothing: use `no_grad`.
+    For one pass only: torch's fused optimisers and its foreach ops on a GPU write parameters
+    without moving autograd's version counter, so nothing tells whether a kept copy is still one.
     """
-    if x.dtype == dtype:
-        return x.detach()
-    # What a graph is captured of is run again with other values; inference tensors have no version.
-    # Fake ones have neither value nor, without a driver, a stream.
+    dtype = _product_dtype(like)
+    copies: Copies = {}
+    others = []
+    for block in blocks:
+        attn, mlp = block.attn, block.mlp
+        rest = (*_columns(attn.qkv), mlp.fc1.weight, *_columns(mlp.fc2))
+        for x in (attn.proj.weight, *(() if block.is_int8 else rest)):
+            if x.dtype == dtype:
+                copies[id(x)] = x.detach()
+            else:
+                others.append(x)
+    if others:
+        made = [torch.empty_like(x, dtype=dtype) for x in others]
+        torch._foreach_copy_(made, others)
+        copies.update(zip(map(id, others), made, strict=True))
+    return copies
+
+
+def _columns(linear: nn.Linear) -> tuple[Tensor, ...]:
+    return (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
+
+
+# Weights in int8, with their rows' scales, by parameter and as of a version of it.
+_QUANTIZED = WeakTensorKeyDictionary()
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A frozen weight in int8, and its rows' scales, made once for each of its values.
+
+    A value is known by autograd's version counter, which `load_state_dict` moves; optimisers, whose
+    fused forms do not, have no part in it. Who writes to numbers through `.data` moves nothing.
+    """
+    # Inference tensors have no version, fake ones no value.
+    if x.is_inference() or isinstance(x, FakeTensor):
+        return quantize_rows(x.detach())
+    of = (x._version, x.data_ptr())
+    known: tuple[Any, tuple[Tensor, Tensor]] | None = _QUANTIZED.get(x)  # type: ignore[no-untyped-call]
+    if known is not None and known[0] == of:
+        return known[1]
+    made = quantize_rows(x.detach())
+    # What a graph is captured of has no value yet; inference tensors have no version, and fake ones
+    # have neither value nor, without a driver, a stream.
     is_fake = isinstance(x, FakeTensor)
-    if is_fake or x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return x.detach().to(dtype)
-    of = (x._version, x.data_ptr(), dtype)
-    known: tuple[Any, Tensor] | None = _CAST.get(x)  # type: ignore[no-untyped-call]
-    if known is None or known[0] != of:
-        with torch.inference_mode(False), torch.no_grad():
-            known = (of, x.detach().to(dtype))
-        _CAST[x] = known
-    return known[1]
+    if not (
+        is_fake or x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        _QUANTIZED[x] = (of, made)
+    return made
+
+
+def _norm_int8(stream: Stream, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the stream [.., C], of its norm int8 rows [.., C] and their scales."""
+    return residual_norm_int8(*stream, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
 def _norm_linear(
-    stream: Stream, norm: nn.LayerNorm, linear: nn.Linear, bias: Tensor | None, dtype: torch.dtype
+    stream: Stream, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None, copies: Copies
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the stream [.., C], and of its norm a linear layer [.., S] in `dtype`."""
-    copies = (_cast(linear.weight, dtype), None if bias is None else _cast(bias, dtype))
-    inputs = (*stream, norm.weight, norm.bias, linear.weight, bias)
-    arguments = (*inputs, *copies, norm.eps)
+    """The sum of the stream [.., C], and of its norm a linear layer [.., S] in products' dtype."""
+    inputs = (*stream, norm.weight, norm.bias, weight, bias)
+    arguments = (*inputs, copies[id(weight)], None if bias is None else copies[id(bias)], norm.eps)
     output: tuple[Tensor, ...]
     if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
         output = _NormLinear.call(*arguments)
@@ -293,9 +374,9 @@ def _norm_linear(
     return output[0], output[1]
 
 
-def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, copies: Copies) -> Tensor:
     """``x W^T``."""
-    arguments = (x, weight, _cast(weight, dtype))
+    arguments = (x, weight, copies[id(weight)])
     result: Tensor
     if needs_gradient(_Part.op, x, weight):
         result = _Linear.call(*arguments)
@@ -305,11 +386,11 @@ def _linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gelu_linear(
-    h: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    h: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, copies: Copies
 ) -> Tensor:
     """``gelu(h + shift) W^T + bias``."""
     inputs = (h, shift, weight, bias)
-    arguments = (*inputs, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
+    arguments = (*inputs, copies[id(weight)], None if bias is None else copies[id(bias)])
     result: Tensor
     if needs_gradient(_Part.op, *(x for x in inputs if x is not None)):
         result = _GELULinear.call(*arguments)

@@ -1,12 +1,17 @@
 """The command line, `maect-fast`: the three stages, evaluation, benchmarks and diagnosis."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from maect_fast import __version__
 from maect_fast.config import ConfigError, Stage, load_config, load_recipe
+from maect_fast.errors import Parser, explain
 
 __all__ = ["main"]
 
@@ -20,8 +25,11 @@ examples:
   maect-fast evaluate runs/mae runs/mae-ct data.test_root=/images/val
   torchrun --nproc-per-node 8 -m maect_fast.cli tune ...
 key=value changes a setting of the recipe (epochs=10 optim.encoder_lr=5e-5 data.workers=8).
-The same command on an existing run directory continues the run.
+The same command on an existing run directory continues the run; --change KEY=VALUE continues it
+with another setting, --restart starts it anew.
 """
+
+REPORT = "these lines, the command and what `maect-fast doctor` prints"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,40 +39,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from maect_fast.benchmarks.cli import main as bench
 
         return bench(given[1:])
+    # Of ranks with the same arguments, one says what is wrong with them.
+    is_heard = os.environ.get("RANK", "0") == "0"
+    with nullcontext() if is_heard else redirect_stderr(io.StringIO()):
+        options = _parse(given)
+
+    if "WORLD_SIZE" in os.environ:
+        # Where a rank is lost, torch warns with C++ stacks; `RankWatch` has a line for it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # After the parsing, because torch takes seconds to import and --help does not need it.
+    from maect_fast.training.distributed import close_world
+    from maect_fast.training.ranks import RankWatch, join_ranks
+
+    watch: RankWatch | None = None
+    try:
+        if options.run is _train:
+            # First of all, so that an error of one rank ends the others.
+            watch = join_ranks()
+        code: int = options.run(options)
+        close_world()
+        return code
+    except KeyboardInterrupt:
+        text, code = "interrupted", 130
+    except Exception as error:
+        line = explain(error)
+        if line is None or options.debug:
+            if line is None:
+                error.add_note(f"a fault of maect-fast: please report it with {REPORT}")
+            if watch is not None:
+                watch.fail_of(error)
+            raise
+        text, code = line, 2
+    if watch is not None:
+        # What rank 0 says is about the run, and is not said again.
+        name = "" if watch.place.rank == 0 else f"{watch.name}: "
+        watch.fail(text, report=f"maect-fast {options.command}: {name}{text}", code=code)
+    print(f"maect-fast {options.command}: {text}", file=sys.stderr)
+    return code
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
     parser = _parser()
     options, words = parser.parse_known_args(given)
     options.overrides = words
     unknown = [word for word in words if word.startswith("-") or "=" not in word]
     if unknown or (words and options.command in ("demo", "doctor")):
         parser.error(f"{options.command} does not know: {' '.join(unknown or words)}")
+    return options
 
-    # After the parsing, because torch takes seconds to import and --help does not need it.
-    from maect_fast.checkpoint import CheckpointError
-    from maect_fast.data import DataError
-    from maect_fast.training.distributed import close_world
-    from maect_fast.training.engine import TrainingError
 
-    try:
-        code: int = options.run(options)
-    except (ConfigError, CheckpointError, DataError, TrainingError) as error:
-        print(f"maect-fast {options.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"maect-fast {options.command}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        close_world()
-    return code
+def seed(text: str) -> int:
+    """What NumPy and scikit-learn take; its name is what argparse calls it."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise ValueError
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="maect-fast",
         description="Contrastive tuning of masked autoencoders (MAE-CT, arXiv 2304.10520).",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"maect-fast {__version__}")
+    parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="all three stages on real digits, about three minutes")
@@ -94,6 +134,20 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATH",
             help="run directory of the stage before, or a file with an encoder's weights",
         )
+        train.add_argument(
+            "--change",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="continue the run with this setting changed, and record it there (rates and other "
+            "optim.*, precision, augment.*, temperature, top-k, mask ratio); data.root accepts "
+            "other images",
+        )
+        train.add_argument(
+            "--restart",
+            action="store_true",
+            help="start anew in a run directory; the earlier run goes to a folder in it",
+        )
         if stage != "pretrain":
             train.add_argument(
                 "--from-scratch",
@@ -107,6 +161,11 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="RUN",
                 help="pretrain run whose decoder reconstruction_weight uses",
             )
+        train.add_argument(
+            "--no-capture",
+            action="store_true",
+            help="on a GPU, launch updates kernel by kernel instead of as one CUDA graph",
+        )
         train.set_defaults(run=_train)
 
     plan = commands.add_parser(
@@ -125,18 +184,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate", help="k-NN, linear probe, low-shot and clustering of runs, with a report"
     )
-    evaluate.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    evaluate.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="default: report/ in the last run directory"
     )
-    evaluate.add_argument("--seed", type=int, default=0, help="of probe, draws and k-means")
+    evaluate.add_argument("--seed", type=seed, default=0, help="of probe, draws and k-means")
     evaluate.add_argument(
         "--methods",
         nargs="+",
         metavar="M",
-        choices=("knn", "linear_probe", "low_shot", "clustering"),
-        default=("knn", "linear_probe", "low_shot", "clustering"),
-        help="some of: %(choices)s; default: all",
+        default=(),
+        help="some of: knn, linear_probe, low_shot, clustering; default: all",
     )
     evaluate.set_defaults(run=_evaluate)
 
@@ -146,9 +204,6 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--split", choices=("train", "test"), default="train")
     extract.set_defaults(run=_extract)
 
-    # Listed here for --help; its own command line is in benchmarks/cli.py.
-    commands.add_parser("bench", help="time every op beside its peers and the device's floor")
-
     doctor = commands.add_parser("doctor", help="versions, devices, and which backends work")
     doctor.add_argument(
         "--check",
@@ -156,6 +211,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also run every op against its definition in fp64; exit code 1 if one is wrong",
     )
     doctor.set_defaults(run=_doctor)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error, not only its line"
+        )
+    # Listed here for --help; its own command line is in benchmarks/cli.py.
+    commands.add_parser("bench", help="time every op beside its peers and the device's floor")
     return parser
 
 
@@ -166,29 +227,58 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from maect_fast.checkpoint import peek_checkpoint
     from maect_fast.training.engine import run_stage
+    from maect_fast.training.run_directory import check_last
     from maect_fast.training.stages import last_checkpoint
 
     stage: Stage = options.command
-    continues = last_checkpoint(options.out).exists()
+    out: Path = options.out
+    continues = last_checkpoint(out).exists() and not options.restart
     if options.recipe is not None:
-        layer = load_recipe(options.recipe, stage)
+        layer: Any = load_recipe(options.recipe, stage)
     elif continues:
-        layer = load_recipe(str(options.out / "config.yaml"), stage)
+        # config.yaml is for people: this is what the run goes by.
+        layer = peek_checkpoint(last_checkpoint(out))["config"]
     else:
-        raise ConfigError(f"{options.out}: no run to continue there; start one with --recipe NAME")
-    config = load_config(layer, overrides=options.overrides)
+        if not options.restart:
+            check_last(out)
+        raise ConfigError(f"{out}: no run to continue there; start one with --recipe NAME")
+    config = load_config(layer, overrides=[*options.overrides, *options.change])
     if config.stage != stage:
         raise ConfigError(f"stage: the command is {stage}, the recipe is for {config.stage}")
-    from_scratch = stage == "pretrain" or options.from_scratch
-    if options.init is None and not from_scratch and not continues:
+    from_scratch = stage != "pretrain" and options.from_scratch
+    if options.init is not None and from_scratch:
+        raise ConfigError("--init, --from-scratch: expected one of them, got both")
+    if continues and from_scratch:
+        record = peek_checkpoint(last_checkpoint(out)).get("record", {})
+        if record.get("init") is not None:
+            raise ConfigError(
+                f"--from-scratch: the run in {out} was started from {record['init']['path']}; "
+                "continue it without this option, or choose another --out"
+            )
+    if options.init is None and not from_scratch and stage != "pretrain" and not continues:
+        if not options.restart:
+            check_last(out)
         raise ConfigError(
             f"--init: {stage} starts from the stage before (or give --from-scratch for a control)"
         )
+    if options.init is not None and stage != "pretrain" and options.from_scratch:
+        raise ConfigError("--from-scratch: expected without --init, whose weights it would not use")
     decoder = options.decoder if stage == "tune" else None
-    if run_stage(config, options.out, init=options.init, decoder=decoder):
-        return 0
-    print(f"stopped and saved; the same command continues {options.out}", file=sys.stderr)
+    if decoder is not None and config.reconstruction_weight == 0:
+        raise ConfigError("--decoder: expected with reconstruction_weight above 0, which uses it")
+    finished = run_stage(
+        config,
+        out,
+        init=options.init,
+        decoder=decoder,
+        capture=not options.no_capture,
+        restart=options.restart,
+        change=[word.partition("=")[0] for word in options.change],
+    )
+    if not finished:
+        print(f"stopped and saved; the same command continues {out}", file=sys.stderr)
     return 0
 
 
@@ -205,23 +295,31 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from maect_fast.evaluation import METHODS
     from maect_fast.evaluation.compare import compare_runs
 
-    # argparse hands `RUN key=value` to the list of runs as it stands.
-    words = [str(run) for run in options.runs]
+    # argparse hands `RUN key=value` and `--methods knn key=value` to their lists as they stand.
+    words = [*options.runs, *options.methods]
     overrides = [word for word in words if "=" in word] + options.overrides
-    runs = [Path(word) for word in words if "=" not in word]
+    runs = [Path(word) for word in options.runs if "=" not in word]
+    methods = [word for word in options.methods if "=" not in word] or METHODS
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(f"--methods: expected some of {', '.join(METHODS)}, got {method}")
     if not runs:
         raise ConfigError("RUN: expected at least one run directory")
     out = options.out or runs[-1] / "report"
-    print(compare_runs(runs, out, methods=options.methods, seed=options.seed, overrides=overrides))
+    print(compare_runs(runs, out, methods=methods, seed=options.seed, overrides=overrides))
     return 0
 
 
 def _extract(options: argparse.Namespace) -> int:
     from maect_fast.evaluation.features import save_features
-    from maect_fast.evaluation.runs import load_run, run_encoder, split_features
+    from maect_fast.evaluation.runs import check_run, load_run, run_encoder, split_features
+    from maect_fast.training.run_directory import check_writable
 
+    check_run(options.run_directory, options.overrides, options.split)
+    check_writable(options.out, folder=False)
     config, state = load_run(options.run_directory, options.overrides)
     features = split_features(config, options.split, run_encoder(config, state))
     save_features(features, options.out)

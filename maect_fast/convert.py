@@ -6,20 +6,18 @@ checkpoints that hold such an encoder somewhere inside (MSN's `target_encoder`, 
 encoder; they differ in what surrounds it and in `pos_embed`.
 """
 
-import argparse
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from maect_fast.models.encoder import Encoder
+from maect_fast.names import listed, printable, shortened
+from maect_fast.tensor_file import read_tensor_file
 
 __all__ = ["export_timm", "load_encoder"]
 
@@ -48,8 +46,8 @@ def load_encoder(encoder: Encoder, source: str | Path | Mapping[str, Any]) -> li
 
     Args:
         encoder: changed in place.
-        source: a `.safetensors` file, a file for `torch.load` (read with `weights_only=True`), or
-            what it holds.
+        source: a `.safetensors` file, a file of `torch.save` (read without running code of its
+            own), or what it holds.
 
     Returns:
         Lines that say where the encoder was found, what was changed on the way, and which names
@@ -59,21 +57,18 @@ def load_encoder(encoder: Encoder, source: str | Path | Mapping[str, Any]) -> li
         ValueError: the source holds no encoder, or one of other sizes or with other layers; the
             message names the parameters.
     """
-    name = "a state dict" if isinstance(source, Mapping) else str(source)
+    name = "a state dict" if isinstance(source, Mapping) else printable(source)
     content = source if isinstance(source, Mapping) else _read(Path(source))
     where, weights, beside = _find_encoder(content, name)
     lines = [f"encoder from {where}"]
     own = encoder.state_dict()
     missing, dropped = _compare(own, weights, where)
     state = {key: value for key, value in weights.items() if key in own}
+    for key, value in state.items():
+        if reason := _unfit(key, value, own[key]):
+            raise ValueError(f"{where}: {key} {reason} ({encoder.config.name})")
     if "pos_embed" in state:
         state |= _adapt_positions(state, encoder.grid_size, lines)
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise ValueError(
-                f"{where}: {key} is {list(value.shape)}, this encoder ({encoder.config.name}) "
-                f"needs {list(own[key].shape)}"
-            )
     encoder.load_state_dict(own | state)
     if missing:
         lines.append(f"missing there, kept as it was: {_summary(missing)}")
@@ -98,20 +93,10 @@ def export_timm(encoder: Encoder, *, class_row: bool = True) -> dict[str, Tensor
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """What the file holds; of objects only a checkpoint's command-line arguments pass."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path}: holds more than tensors, and reading it could run code; save its state "
-                "dict alone with torch.save"
-            ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected a state dict, got a {type(content).__name__}")
-    return content
+    try:
+        return read_tensor_file(path)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}") from error
 
 
 class _Found(NamedTuple):
@@ -121,32 +106,53 @@ class _Found(NamedTuple):
     """Names of the tensors around the encoder."""
 
 
+class _Place(NamedTuple):
+    where: str
+    prefix: str
+    """What the names of the encoder's tensors start with."""
+    tensors: dict[str, Tensor]
+    preferred: bool
+
+
 def _find_encoder(content: Mapping[str, Any], name: str) -> _Found:
     """The one encoder within nested dicts and name prefixes."""
-    found = list(_encoders(content, name))
-    if len(found) > 1:
-        found = [f for f in found if any(p in f.where for p in PREFERRED)] or found
-    if not found:
+    places = list(_places(content, name))
+    if len(places) > 1:
+        places = [place for place in places if place.preferred] or places
+    if not places:
         raise ValueError(f"{name}: expected a ViT encoder, found nothing named {ANCHOR}")
-    if len(found) > 1:
-        places = "; ".join(f.where for f in found)
-        raise ValueError(f"{name}: expected one ViT encoder, found {len(found)}: {places}")
-    return found[0]
+    if len(places) > 1:
+        shown = listed([place.where for place in places], "; ")
+        raise ValueError(f"{name}: expected one ViT encoder, found {len(places)}: {shown}")
+    where, prefix, tensors, _ = places[0]
+    return _Found(
+        where,
+        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
+        [k for k in tensors if not k.startswith(prefix)],
+    )
 
 
-def _encoders(content: Mapping[str, Any], where: str) -> Iterator[_Found]:
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    for key in tensors:
-        if key.endswith(ANCHOR):
-            prefix = key.removesuffix(ANCHOR)
-            yield _Found(
-                f"{where}, {prefix}*" if prefix else where,
-                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
-                [k for k in tensors if not k.startswith(prefix)],
-            )
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _encoders(value, f"{where}, {key}")
+def _places(content: Mapping[str, Any], name: str) -> Iterator[_Place]:
+    """Where encoders are; each dict is looked into once, however deep it lies."""
+    pending, seen = [(content, name, False)], {id(content)}
+    while pending:
+        inside, where, preferred = pending.pop()
+        names = {k: v for k, v in inside.items() if isinstance(k, str)}
+        tensors = {k: v for k, v in names.items() if isinstance(v, Tensor)}
+        for key in tensors:
+            if key.endswith(ANCHOR):
+                prefix = key.removesuffix(ANCHOR)
+                yield _Place(
+                    f"{where}, {shortened(prefix, 80)}*" if prefix else where,
+                    prefix,
+                    tensors,
+                    preferred or any(p in prefix for p in PREFERRED),
+                )
+        for key, value in reversed(names.items()):
+            if isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                below = shortened(f"{where}, {key}", 300)
+                pending.append((value, below, preferred or any(p in key for p in PREFERRED)))
 
 
 def _compare(
@@ -159,15 +165,26 @@ def _compare(
     extra = [key for key in dropped if key.startswith(ENCODER_NAMES)]
     for keys, verb in ((lacking, "lacks"), (extra, "has, beyond this encoder,")):
         if keys:
-            shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-            raise ValueError(f"{where} {verb} {shown}")
+            raise ValueError(f"{where} {verb} {listed(keys)}")
     return missing, dropped
+
+
+def _unfit(key: str, value: Tensor, own: Tensor) -> str | None:
+    """Why a tensor cannot become the encoder's; positions may be those of another grid."""
+    shape, wanted = list(value.shape), list(own.shape)
+    if shape != wanted and not (key == "pos_embed" and shape[::2] == wanted[::2]):
+        return f"is {shape}, this encoder needs {wanted}"
+    if not value.is_floating_point():
+        return f"is {value.dtype}, this encoder needs floating point"
+    if not bool(value.isfinite().all()):
+        return "holds NaN or infinity"
+    return None
 
 
 def _summary(names: Iterable[str]) -> str:
     """The names, those below one module counted: `cls_token, decoder_blocks.* (96)`."""
     counts = Counter(name.split(".")[0] + (".*" if "." in name else "") for name in names)
-    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
+    return listed([name if count == 1 else f"{name} ({count})" for name, count in counts.items()])
 
 
 def _adapt_positions(

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -19,8 +20,10 @@ from maect_fast.kernels import (
     gather_patches,
     gelu,
     info_nce,
+    int8_linear,
     masked_attention,
     masked_patch_mse,
+    quantize_rows,
     queue_topk,
     residual_norm,
     restore_tokens,
@@ -77,6 +80,11 @@ CALLS: dict[str, Callable[[torch.device, Backend], object]] = {
     "gelu": lambda device, backend: gelu(
         torch.ones(4, 16, device=device), torch.ones(16, device=device), backend=backend
     ),
+    "int8_linear": lambda device, backend: int8_linear(
+        *quantize_rows(torch.ones(4, 16, device=device)),
+        *quantize_rows(torch.ones(8, 16, device=device)),
+        backend=backend,
+    ),
 }
 BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "reference")
 
@@ -112,15 +120,19 @@ def report() -> Iterator[str]:
             yield f"  {op:<17} {backend:<10} {_try(call, device, backend)}"
     yield f"blocks of a fused timm ViT, on {device.type} under bf16 autocast"
     yield f"  {_blocks(device)}"
+    yield f"  {_blocks(device, int8=True)}"
 
 
-def _blocks(device: torch.device) -> str:
+def _blocks(device: torch.device, *, int8: bool = False) -> str:
     """What a plain block of timm's computes by."""
     with torch.device(device):
-        block = nn.Sequential(Block(64, 1, qkv_bias=True))
+        chain: Any = fuse(nn.Sequential(Block(64, 1, qkv_bias=True)))
+    if int8:
+        chain.requires_grad_(False)[0].is_int8 = True
     with torch.autocast(device.type, torch.bfloat16):
-        reasons = why_not(fuse(block))
-    return reasons[0].removeprefix("0: ") if reasons else "fused norms, biases and GELU"
+        reasons = why_not(chain)
+    found = reasons[0].removeprefix("0: ") if reasons else "fused norms, biases and GELU"
+    return f"frozen, frozen_precision=int8: {found}, qkv, fc1 and fc2 in int8" if int8 else found
 
 
 def _try(

@@ -25,7 +25,6 @@ def fuse(model: ModelT) -> ModelT:
 
     timm's plain `Block` becomes a `FusedBlock`, which fuses norms, biases and GELU as well: on a
     GPU, under autocast or in bfloat16 or float16. `why_not` says where a block does not, and why.
-    It keeps weights as autocast casts them until they change; a change through `.data` is not seen.
 
     Args:
         model: any model with timm's `Attention`, MAE-CT's `FlashAttentionWrapper` or torchvision's
@@ -41,6 +40,7 @@ def fuse(model: ModelT) -> ModelT:
     Source: timm: layers/attention.py; ml-jku/MAE-CT: models/modules/flash_attention_wrapper.py;
         torchvision: models/vision_transformer.py.
     """
+    _check_module(model)
     attentions = _attentions(model)
     if not attentions:
         expected = "a model that contains an attention of timm, MAE-CT or torchvision"
@@ -73,6 +73,7 @@ def unfuse(model: ModelT) -> ModelT:
         ValueError: a fused module's class has been changed since (a parametrisation and FSDP do
             that); the message names it.
     """
+    _check_module(model)
     fused = {name: m for name, m in model.named_modules() if "_unfused" in vars(m)}
     for name, module in fused.items():
         if type(module) not in _FUSED:
@@ -80,6 +81,7 @@ def unfuse(model: ModelT) -> ModelT:
             raise ValueError(f"model: cannot restore {name or 'the model itself'}: it is a {kind}")
     for module in fused.values():
         module.__class__ = vars(module).pop("_unfused")
+        vars(module).pop("is_int8", None)
     return model
 
 
@@ -91,6 +93,7 @@ def why_not(model: nn.Module, x: Tensor | None = None) -> list[str]:
         x: tokens [B, N, C] as the blocks would get them, under the autocast that they would run in;
             None: as the blocks' parameters are.
     """
+    _check_module(model)
     lines = []
     for name, block in _blocks(model).items():
         if isinstance(block, FusedBlock):
@@ -102,6 +105,11 @@ def why_not(model: nn.Module, x: Tensor | None = None) -> list[str]:
         if reason is not None:
             lines.append(f"{name or 'the model itself'}: timm's forward: {reason}")
     return lines
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
 
 
 def _blocks(model: nn.Module) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from maect_fast.kernels import (
     Shadow,
     TopK,
     enqueue,
+    gather_with_neighbours,
     info_nce,
     queue_topk,
     with_shadow,
 )
-from maect_fast.kernels._common.collectives import all_gather_rows, group_rank
+from maect_fast.kernels._common.checks import check_int, check_number
+from maect_fast.kernels._common.collectives import group_rank
 from maect_fast.profiling import profile_range
 
 __all__ = [
@@ -65,7 +67,11 @@ class FeatureQueue(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        rows = torch.randn(size, dim, generator=generator)
+        check_int("size", size, 1)
+        check_int("dim", dim, 1)
+        if shadow not in (torch.float16, torch.int8):
+            raise ValueError(f"shadow: expected torch.float16 or torch.int8, got {shadow}")
+        rows = torch.randn(size, dim, generator=generator, dtype=torch.float32)
         self.register_buffer("queue", nn.functional.normalize(rows, dim=-1))
         self.register_buffer("queue_y", torch.full((size,), -1))
         self.register_buffer("queue_id", torch.full((size,), -1))
@@ -80,8 +86,15 @@ class FeatureQueue(nn.Module):
         return QueueState(self.queue, self.queue_y, self.queue_id, self.queue_ptr, self._shadow)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert the buffers."""
+        """Move the buffers; a conversion of the whole model leaves the rows in fp32.
+
+        Half-precision rows would be rounded anew with every update, and the shadow holds rounded
+        ones already.
+        """
+        rows = self.queue
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.queue.dtype != rows.dtype:
+            self.queue = rows.to(self.queue.device)
         _renew_shadow(self)
         return self
 
@@ -121,6 +134,8 @@ class FeatureQueue(nn.Module):
 
 def _renew_shadow(queue: FeatureQueue, _: object = None) -> None:
     """Round the queue anew, after it was moved or loaded."""
+    # `load_state_dict(assign=True)` takes whatever dtype it is given.
+    queue.queue = queue.queue.float()
     queue._shadow = None
     if _is_on_gpu(queue.queue):
         queue._shadow = with_shadow(queue.state, dtype=queue.shadow_dtype).shadow
@@ -152,7 +167,8 @@ class NNCLRLoss(nn.Module):
 
     One search for both views, the loss of each view's predictions against the other view's
     neighbours, then, in training mode only, view 0 enters the queue: of all ranks, in rank order,
-    so that every rank holds the same queue. Nothing waits for the device.
+    so that every rank holds the same queue. Ranks exchange neighbours and what enters the queue in
+    one message, and the sums of the loss in another. Nothing waits for the device.
 
     Args:
         queue_size: entries of the queue.
@@ -178,8 +194,11 @@ class NNCLRLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= topk <= queue_size:
-            raise ValueError(f"topk: expected 1 .. {queue_size} (queue_size), got {topk}")
+        check_int("queue_size", queue_size, 1)
+        check_int("dim", dim, 1)
+        check_int("topk", topk, 1, queue_size)
+        check_number("temperature", temperature, 0.0)
+        check_int("seed", seed, 0)
         self.topk = topk
         self.temperature = temperature
         self.transposed = transposed
@@ -217,24 +236,31 @@ class NNCLRLoss(nn.Module):
         assert found.picked_index is not None
         assert found.picked_neighbour is not None
         assert found.searched_again is not None
+        columns = {"rows": projected[0], "sample_id": sample_id, "label": label}
+        # Of the training batch: what enters the queue.
+        entering = {name: x for name, x in columns.items() if self.training and x is not None}
         with profile_range("loss"):
+            neighbour, *others = gather_with_neighbours(
+                found.picked_neighbour,
+                *entering.values(),
+                group=self.group,
+                dtype=predicted.dtype,
+            )
             loss = info_nce(
                 predicted,
-                found.picked_neighbour,
+                neighbour,
                 temperature=self.temperature,
                 group=self.group,
                 transposed=self.transposed,
             )
-        accuracy = torch.zeros_like(loss)
         if label is not None and found.label_hit is not None:
             known = (label >= 0) & (self.queue.queue_y[found.picked_index[0]] >= 0)
             accuracy = found.label_hit[0].sum() / known.sum().clamp_min(1)
+        else:
+            accuracy = torch.zeros_like(loss)
         if self.training:
             # Only now: the search must not find this batch.
             with profile_range("enqueue"):
-                self.queue.enqueue(
-                    all_gather_rows(projected[0], self.group),
-                    sample_id=None if sample_id is None else all_gather_rows(sample_id, self.group),
-                    label=None if label is None else all_gather_rows(label, self.group),
-                )
+                arrived = {name: x.wait() for name, x in zip(entering, others, strict=True)}
+                self.queue.enqueue(**arrived)
         return NNCLROutput(loss, accuracy, found.searched_again.float().mean())

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from maect_fast.kernels import QueueState
 
-__all__ = ["assert_within_budget", "error_budget", "random_qkv", "random_queue", "unit_rows"]
+__all__ = [
+    "assert_quantized",
+    "assert_within_budget",
+    "error_budget",
+    "random_qkv",
+    "random_queue",
+    "unit_rows",
+]
 
 
 def error_budget(eager: Tensor | Sequence[Tensor], ref64: Tensor) -> float:
@@ -62,6 +69,26 @@ def assert_within_budget(
     if finite.any():
         error = (kernel[finite].double() - ref64[finite]).abs().max().item()
         assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
+
+
+def assert_quantized(q: Tensor, scale: Tensor, eager: Tensor, ref64: Tensor) -> None:
+    """Assert that rows [..., K] are those of `ref64` in int8, with their scales.
+
+    A number may be off by half a step and `error_budget(eager, ref64)`.
+
+    Args:
+        q: int8.
+        scale: [...] fp32, a step of each row.
+        eager: the numbers by plain PyTorch, before they are quantised.
+        ref64: the same in fp64; no row is zero.
+    """
+    assert (q.dtype, q.shape, q.device) == (torch.int8, ref64.shape, ref64.device)
+    assert (scale.dtype, scale.shape) == (torch.float32, ref64.shape[:-1])
+    budget, largest = error_budget(eager, ref64), ref64.abs().amax(-1)
+    assert (q.int().abs().amax(-1) == 127).all(), "a row does not use all steps, or -128"
+    assert ((127 * scale.double() - largest).abs() <= budget).all(), "wrong scales"
+    error = (q * scale.double()[..., None] - ref64).abs() - 0.5 * scale.double()[..., None]
+    assert error.max() <= budget, f"{error.max():.3g} beyond half a step, budget {budget:.3g}"
 
 
 def random_qkv(

@@ -5,13 +5,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # cuBLAS repeats itself bitwise only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import importlib.util
 import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,21 +22,10 @@ if not torch.cuda.is_available():
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def _let_the_interpreter_count() -> None:
-    """Triton 3.6 takes int() of arrays of one element, which numpy refuses since 2.4."""
-    from triton.runtime import interpreter
+from maect_fast.kernels._common import gpu  # noqa: E402 (Triton reads the variable above)
 
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
-
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    _let_the_interpreter_count()
+# Tests of single kernels pass the public functions by, which prepare the interpreter.
+gpu.obstacle(torch.empty(0))
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():

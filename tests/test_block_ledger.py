@@ -29,7 +29,9 @@ M = B * N
 U = 2 * M * C
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-PRODUCTS = ("mm", "addmm")
+PRODUCTS = ("mm", "addmm", "int8_linear")
+# All weights of a chain in one call: of a block 12 C^2 numbers of 4 bytes to 2, beside biases.
+CASTS, CAST = "_foreach_copy_", 12 * C**2 * (4 + 2) / U
 ATTENTION = ("masked_attention_fwd", "masked_attention_bwd")
 # Kernels behind an op of ours that reaches the dispatcher once; the sum of parts is one more.
 LAUNCHES = {"residual_norm_bwd": 2, "gelu_bwd": 2}
@@ -44,6 +46,8 @@ class Counted:
     """Of M rows or more, read or written beside products and attention."""
     small_bytes: int = 0
     """Statistics, parameters and their gradients."""
+    cast_bytes: int = 0
+    """Of weights read, and written in the dtype of products."""
     wide: list[str] = field(default_factory=list)
     """Ops that read or write an fp32 tensor of M x C or more."""
     names: list[str] = field(default_factory=list)
@@ -70,7 +74,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 counted.wide.append(name)
             if name in PRODUCTS or name in ATTENTION:
                 continue
-            if x.numel() >= M * C:
+            if name == CASTS:
+                counted.cast_bytes += x.nbytes
+            elif x.numel() >= M * C:
                 counted.num_bytes += x.nbytes
             else:
                 counted.small_bytes += x.nbytes
@@ -83,8 +89,6 @@ def on_a_gpu(autocast: torch.dtype | None) -> Iterator[None]:
     with (
         mock.patch.object(block_module, "is_gpu", return_value=True),
         mock.patch.object(block_module, "_autocast_dtype", return_value=autocast),
-        # Those of FlopCounterMode, for which blocks would take their modules one by one.
-        mock.patch.object(block_module, "_has_global_hooks", return_value=False),
     ):
         yield
 
@@ -101,9 +105,18 @@ class Run:
     """Of matrix products, forward and backward."""
 
 
-def run(num_blocks: int, *, stream: torch.dtype, weights: torch.dtype, trains: bool) -> Run:
+def run(
+    num_blocks: int,
+    *,
+    stream: torch.dtype,
+    weights: torch.dtype,
+    trains: bool,
+    int8: bool = False,
+) -> Run:
     blocks = [Block(C, H, qkv_bias=True, device="meta", dtype=weights) for _ in range(num_blocks)]
-    chain = fuse(nn.Sequential(*blocks)).requires_grad_(trains)
+    chain: Any = fuse(nn.Sequential(*blocks)).requires_grad_(trains)
+    for block in chain:
+        block.is_int8 = int8
     x = torch.empty(B, N, C, dtype=stream, device="meta", requires_grad=trains)
     saved: dict[int, int] = {}
 
@@ -114,8 +127,6 @@ def run(num_blocks: int, *, stream: torch.dtype, weights: torch.dtype, trains: b
         return x
 
     with on_a_gpu(BF16 if weights == FP32 else None):
-        # Weights are cast here, once for each of their values.
-        run_blocks(chain, Stream(x))
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
             FlopCounterMode(display=False) as flops,
@@ -153,6 +164,7 @@ class PerBlock:
     traffic: tuple[float, float]
     """In u."""
     small: tuple[float, float]
+    cast: float
     saved: float
     flops: tuple[float, float]
     """In M C^2."""
@@ -160,9 +172,11 @@ class PerBlock:
     """Operands of M x C or more in fp32."""
 
 
-def per_block(*, stream: torch.dtype, weights: torch.dtype, trains: bool) -> PerBlock:
+def per_block(
+    *, stream: torch.dtype, weights: torch.dtype, trains: bool, int8: bool = False
+) -> PerBlock:
     """Chains of three and of two blocks, less one another: the middle of any chain."""
-    two, three = (run(n, stream=stream, weights=weights, trains=trains) for n in (2, 3))
+    two, three = (run(n, stream=stream, weights=weights, trains=trains, int8=int8) for n in (2, 3))
 
     def both(name: str, unit: int) -> Any:
         pairs = ((two.forward, three.forward), (two.backward, three.backward))
@@ -174,6 +188,7 @@ def per_block(*, stream: torch.dtype, weights: torch.dtype, trains: bool) -> Per
         launches=(int(launches[0]), int(launches[1])),
         traffic=both("num_bytes", U),
         small=both("small_bytes", U),
+        cast=both("cast_bytes", U)[0],
         saved=(sum(three.saved.values()) - sum(two.saved.values())) / U,
         flops=tuple((b - a) / (M * C**2) for a, b in zip(two.flops, three.flops, strict=True)),  # type: ignore[arg-type]
         wide=sum(len(x.wide) for x in (three.forward, three.backward)),
@@ -186,6 +201,7 @@ def test_a_tuned_block_with_a_half_stream(weights: torch.dtype) -> None:
     # 16 u and 29 u are norms, GELU and the qkv bias's sum; 10 u two streams, qkv, o and h.
     assert found.traffic == (16, 29)
     assert max(found.small) < 0.25
+    assert found.cast == pytest.approx(CAST if weights == FP32 else 0, rel=1e-3)
     assert found.saved == 10
     assert found.wide == 0
     assert found.launches[0] == 8
@@ -209,6 +225,18 @@ def test_a_frozen_block(stream: torch.dtype) -> None:
     assert found.launches == (8, 0)
     assert found.traffic[0] == (16 if stream == BF16 else 20)
     assert found.saved == 0
+    assert found.cast == pytest.approx(CAST, rel=1e-3)
+    assert found.flops == (24, 0)
+
+
+@pytest.mark.parametrize("stream", [BF16, FP32], ids=str)
+def test_a_frozen_block_in_int8(stream: torch.dtype) -> None:
+    """Norms write half, GELU 2 u instead of 4; what products read is half as well, not counted."""
+    found = per_block(stream=stream, weights=FP32, trains=False, int8=True)
+    assert found.launches == (8, 0)
+    assert found.traffic[0] == (13 if stream == BF16 else 17)
+    assert max(found.small) < 0.05
+    assert found.saved == 0
     assert found.flops == (24, 0)
 
 
@@ -219,12 +247,33 @@ def main() -> None:
         "tuned, autocast, fp32 stream": {"stream": FP32, "weights": FP32, "trains": True},
         "frozen, autocast, bf16 stream": {"stream": BF16, "weights": FP32, "trains": False},
         "frozen, autocast, fp32 stream": {"stream": FP32, "weights": FP32, "trains": False},
+        "frozen, int8, bf16 stream": {
+            "stream": BF16,
+            "weights": FP32,
+            "trains": False,
+            "int8": True,
+        },
+        "frozen, int8, fp32 stream": {
+            "stream": FP32,
+            "weights": FP32,
+            "trains": False,
+            "int8": True,
+        },
     }
-    head = ("per block of ViT-L/16", "launches", "traffic, u", "beside, u", "saved, u", "M C^2")
+    head = (
+        "per block of ViT-L/16",
+        "launches",
+        "traffic, u",
+        "beside, u",
+        "casts, u",
+        "saved, u",
+        "M C^2",
+    )
     lines = [f"{head[0]:30}" + "".join(f"{cell:>16}" for cell in head[1:])]
     for name, case in cases.items():
         x = per_block(**case)  # type: ignore[arg-type]
-        pairs = (x.launches, x.traffic, tuple(round(s, 3) for s in x.small), x.saved, x.flops)
+        small = tuple(round(s, 3) for s in x.small)
+        pairs = (x.launches, x.traffic, small, round(x.cast, 3), x.saved, x.flops)
         cells = (f"{p[0]:g} + {p[1]:g}" if isinstance(p, tuple) else f"{p:g}" for p in pairs)
         lines.append(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells))
     sys.stdout.write("\n".join(lines) + "\n")

@@ -50,6 +50,19 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+def test_a_run_may_be_told_not_to_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+
+    def noted(*_: object, capture: bool, **__: object) -> bool:
+        found.append(capture)
+        return True
+
+    monkeypatch.setattr("maect_fast.training.engine.run_stage", noted)
+    command = ["pretrain", "--recipe", "digits", "--out", str(tmp_path)]
+    assert main(command) == main([*command, "--no-capture"]) == 0
+    assert found == [True, False]
+
+
 def test_unlabelled_folder_through_all_stages(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,3 +219,36 @@ def test_help_needs_no_torch() -> None:
     assert "prepare-head" in done.stdout
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert modules.isdisjoint({"torch", "timm", "torchvision", "sklearn", "matplotlib"})
+
+
+def test_outputs_and_images_are_looked_at_first(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, file = str(tmp_path / "mae"), tmp_path / "file"
+    command = ["pretrain", "--recipe", "b16", "--out", out, f"data.root={images}", *SMALL]
+    assert main([*command, "epochs=1"]) == 0
+    file.write_text("")
+    monkeypatch.setattr("maect_fast.evaluation.runs.load_run", None)
+    monkeypatch.setattr("maect_fast.evaluation.compare.load_run", None)
+    capsys.readouterr()
+    test = f"data.test_root={images}"
+    assert "data.test_root: expected a folder" in error_of(capsys, "evaluate", out)
+    assert "data.test_root: there is no folder" in error_of(
+        capsys, "evaluate", out, "data.test_root=nowhere"
+    )
+    assert f"--out: {file} is not a folder" in error_of(
+        capsys, "evaluate", out, test, "--out", str(file / "report")
+    )
+    assert f"--out: {file} is a file" in error_of(capsys, "evaluate", out, test, "--out", str(file))
+    extract = ("extract", out, "--out")
+    assert f"--out: {tmp_path} is a folder" in error_of(capsys, *extract, str(tmp_path))
+    assert f"--out: {file} is not a folder" in error_of(capsys, *extract, str(file / "x"))
+    assert "data.test_root: expected" in error_of(capsys, *extract, "x", "--split", "test")
+    assert not Path("x").exists()
+    both = (*command[:-1], "--init", out, "--from-scratch")
+    assert "--init, --from-scratch: expected one of them" in error_of(
+        capsys, "tune", *both[1:], *HEAD
+    )

@@ -1,8 +1,35 @@
+import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from maect_fast.config import Config, ConfigError, load_config, load_recipe, save_config
+from maect_fast.config import Config, ConfigError, _numbers, load_config, load_recipe, save_config
+
+# Every setting that may be absent is there.
+FULL = load_config(
+    {
+        "encoder": {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2},
+        "head": {"target_ema": 0.9},
+        "augment": {"views": [{}, {}]},
+        "chunk_size": 2,
+        "encoder_ema": 0.9,
+        "threads": 1,
+    }
+)
+
+
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys, with positions in lists, and plain values."""
+    if isinstance(node, list | tuple):
+        parts = {f"{key}[{i}]": value for i, value in enumerate(node)}
+    elif dataclasses.is_dataclass(node):
+        names = (field.name for field in dataclasses.fields(node))
+        parts = {f"{key}.{name}".removeprefix("."): getattr(node, name) for name in names}
+    else:
+        return {key: node}
+    return {k: v for name, part in parts.items() for k, v in flat(part, name).items()}
 
 
 @pytest.mark.parametrize(
@@ -13,16 +40,16 @@ from maect_fast.config import Config, ConfigError, load_config, load_recipe, sav
         ("epochs=many", "epochs: Value 'many' of type 'str' could not be converted to Integer"),
         ("data.source=web", "data.source: Invalid value 'web', expected one of ['folder'"),
         ("head.queue_size=3", "head.queue_size: expected at least head.topk = 20, got 3"),
-        ("head.topk=0", "head.topk: expected at least 1, got 0"),
-        ("batch_size=1", "batch_size: expected at least 2"),
-        ("mask_ratio=1", "mask_ratio: expected in [0, 1), got 1.0"),
-        ("augment.scale=[0.9,0.1]", "augment.scale: expected 0 < low <= high <= 1"),
+        ("head.topk=0", "head.topk: expected a number in [1, 1000000000], got 0"),
+        ("batch_size=1", "batch_size: expected a number in [2, 16777216], got 1"),
+        ("mask_ratio=1", "mask_ratio: expected a number in [0, 1), got 1.0"),
+        ("augment.scale=[0.9,0.1]", "augment.scale: expected low <= high, got (0.9, 0.1)"),
         ("augment.mean=[0.5]", "augment.mean, augment.std: expected encoder.in_chans = 3"),
         ("augment.views=[{blur: 1}]", "augment.views: expected no entry or num_views = 2, got 1"),
         ("augment.views=[{sharpen: 1}]", "sharpen"),
-        ("head.target_ema=1", "head.target_ema: expected in [0, 1)"),
-        ("optim.warmup=1.5", "optim.warmup: expected in [0, 1)"),
-        ("save_minutes=-1", "save_minutes: expected 0"),
+        ("head.target_ema=1", "head.target_ema: expected a number in [0, 1)"),
+        ("optim.warmup=1.5", "optim.warmup: expected a number in [0, 1), got 1.5"),
+        ("save_minutes=-1", "save_minutes: expected a number in [0, 1000000], got -1.0"),
         ("epochs", "override 'epochs': expected key=value"),
     ],
 )
@@ -31,6 +58,33 @@ def test_a_bad_setting_is_named(override: str, told: str) -> None:
         load_config(overrides=[override])
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_every_number_has_an_interval_and_keeps_it() -> None:
+    """With the bounds of every interval refused or taken as its brackets say."""
+    found = {key: interval for key, _, interval in _numbers(FULL)}
+    numbers = {key for key, value in flat(FULL).items() if type(value) in (int, float)}
+    assert found.keys() == numbers
+    for interval in set(found.values()):
+        low, high = (float(bound) for bound in interval.text[1:-1].split(","))
+        assert (low in interval) == (interval.text[0] == "[")
+        assert (high in interval) == (interval.text[-1] == "]")
+        assert (low + high) / 2 in interval
+        for outside in (low - 1, high + 1, math.nan, math.inf, -math.inf):
+            assert outside not in interval
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/d/set #2", "null", "~", "1:30", "${oc.env:HOME}", "a: b", "[x", "\\${x}", "'q'", "10", " "],
+)
+def test_texts_are_taken_to_the_letter(text: str, tmp_path: Path) -> None:
+    config = load_config(overrides=[f"data.root={text}"])
+    assert config.data.root == text
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(load_recipe(str(tmp_path / "config.yaml"), "tune")) == config
+    assert load_config(dataclasses.asdict(config)) == config
+    assert load_config({"data": {"root": "/d"}}, overrides=["data.root="]).data.root is None
 
 
 def test_contrastive_stages_need_two_views() -> None:

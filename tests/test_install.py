@@ -162,3 +162,26 @@ def test_without_a_compiler(environment: Path, source: Path, tmp_path: Path) -> 
     told = install(environment, source, PATH=str(tools))
     assert told.count("going on without the C++ library") == 1
     assert "not built" in probe(environment, tmp_path)[1]
+
+
+def test_kernels_are_interpreted_outside_of_tests() -> None:
+    """As a user would, without this suite's preparation; bf16 is refused, with the reason."""
+    code = """
+import torch
+from maect_fast.kernels import info_nce, queue_topk, gelu
+x = torch.randn(5, 16)
+near = queue_topk(x, x, k=2, backend="triton").indices[:, 0].tolist()
+loss = info_nce(x, x, temperature=0.1, backend="triton")
+assert near == list(range(5)), near
+torch.testing.assert_close(loss, info_nce(x, x, temperature=0.1, backend="reference"))
+try:
+    gelu(x.bfloat16(), backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is interpreted, where Triton gets bfloat16 wrong" in done.stdout

@@ -24,6 +24,8 @@ RANK = {
     "triton_kernel": 5,
     "reference": 5,
     "_common": 0,
+    # What kernels of several ops share.
+    "_common.triton": 0,
 }
 # Parts of an op's triton_kernel.py, each on the ones before.
 RANK |= {
@@ -35,7 +37,8 @@ RANK |= {
 }
 RANK |= {"triton_rows": 1, "triton_forward": 2, "triton_backward": 2}
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
-TRITON_FILES = {name for name in RANK if name.startswith("triton_")} | {"_common"}
+TRITON_FILES = {name for name in RANK if name.startswith("triton_")}
+TRITON_FILES |= {"_common", "_common.triton"}
 
 FRONT_END_PACKAGES = (
     *("timm", "torchvision", "sklearn", "scipy", "omegaconf", "yaml", "matplotlib", "tqdm"),
@@ -69,7 +72,8 @@ def place(name: str) -> tuple[str, str]:
     parts = name.removeprefix(PACKAGE).strip(".").split(".")
     op = parts[0]
     if op == "_common":
-        return "_common", "_common"
+        needs_triton = len(parts) > 1 and parts[1].startswith("triton_")
+        return "_common", "_common.triton" if needs_triton else "_common"
     file = parts[1] if len(parts) > 1 and parts[1] in RANK else "__init__"
     return op, file
 
@@ -94,14 +98,16 @@ def broken_rule(op: str, file: str, name: str, *, top_level: bool) -> str | None
         package = name.split(".")[0]
         if package not in ALLOWED_OUTSIDE:
             return "kernels need nothing but torch, triton and numpy"
-        if package == "triton" and (file not in TRITON_FILES or (op == "_common" and top_level)):
-            return "triton is imported by triton_kernel.py alone, so that all else works without it"
+        if package == "triton" and (file not in TRITON_FILES or (file == "_common" and top_level)):
+            return "triton is imported by triton_*.py alone, so that all else works without it"
         return None
     if not f"{name}.".startswith(f"{PACKAGE}."):
         return "kernels never import the front end"
     other_op, other_file = place(name)
     if op == "":
         return None if other_file == "__init__" else "the index re-exports the ops' public names"
+    if other_file == "_common.triton" and (file not in TRITON_FILES or file == "_common"):
+        return "what needs triton is imported by triton_*.py alone"
     if other_op == "_common":
         return None
     if other_op != op:
@@ -117,7 +123,10 @@ def broken_rule(op: str, file: str, name: str, *, top_level: bool) -> str | None
 SOURCES = sorted(path.relative_to(KERNELS) for path in KERNELS.rglob("*.py"))
 
 
-OPS = ("masked_attention", "queue_topk", "info_nce", "mae_tokens", "residual_norm", "gelu")
+OPS = (
+    *("masked_attention", "queue_topk", "info_nce", "mae_tokens", "residual_norm", "gelu"),
+    "int8_linear",
+)
 
 
 def test_every_op_is_checked() -> None:
@@ -153,6 +162,9 @@ def test_kernels_import_one_way(path: Path) -> None:
         ("info_nce/reference.py", "import scipy.special"),
         ("info_nce/helpers.py", "import torch"),
         ("_common/philox.py", "from ..info_nce.op import forward"),
+        ("_common/triton_int8.py", "from ..gelu.op import gelu"),
+        ("_common/int8.py", "from .triton_int8 import larger"),
+        ("gelu/op.py", "def f():\n    from .._common.triton_int8 import larger"),
         ("_common/philox.py", "import triton.language as tl"),
         ("__init__.py", "from .info_nce.api import info_nce"),
     ],
@@ -172,6 +184,8 @@ def test_a_wrong_import_is_noticed(path: str, source: str) -> None:
         ("queue_topk/triton_kernel.py", "from .triton_score import score"),
         ("info_nce/triton_kernel.py", "import torch, triton\nfrom .._common.philox import M"),
         ("info_nce/reference.py", "from maect_fast.kernels._common import philox"),
+        ("_common/triton_int8.py", "import triton\nfrom .int8 import LEVELS"),
+        ("gelu/triton_kernel.py", "from .._common.triton_int8 import larger"),
         ("_common/philox.py", "import torch\ndef f():\n    import triton"),
     ],
 )

@@ -312,7 +312,9 @@ def test_the_first_token_alone(layers: str, bias: bool) -> None:
 def test_the_first_token_needs_the_rows_of_qkv() -> None:
     fused = FusedAttention(nn.Sequential(nn.Linear(C, 3 * C)), nn.Linear(C, C), num_heads=H)
     assert fused(torch.randn(B, N, C)).shape == (B, N, C)
-    with pytest.raises(TypeError, match=r"qkv: expected an nn\.Linear, got Sequential"):
+    with pytest.raises(
+        TypeError, match=r"qkv: expected an nn\.Linear without hooks, got Sequential"
+    ):
         fused.first_token(torch.randn(B, N, C))
 
 

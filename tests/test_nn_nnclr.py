@@ -14,6 +14,7 @@ from maect_fast import nn
 from maect_fast.kernels import Pick, info_nce, queue_topk, with_shadow
 from maect_fast.nn import FeatureQueue, NNCLRLoss
 from maect_fast.testing import unit_rows
+from maect_fast.training.ranks import messages_of
 
 N, D, Q, K = 6, 16, 40, 5
 STEPS = 9
@@ -92,6 +93,34 @@ def test_queue_starts_with_random_unit_rows_of_nobody() -> None:
     for buffer in (first.queue_y, first.queue_id):
         assert buffer.tolist() == [-1] * Q
     assert first.queue_ptr.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_queue_is_fp32_whatever_the_default(dtype: torch.dtype) -> None:
+    plain = make_loss().queue.queue
+    torch.set_default_dtype(dtype)
+    try:
+        queue = make_loss().queue.queue
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert queue.dtype == torch.float32
+    assert torch.equal(queue, plain)
+
+
+def test_a_conversion_of_the_model_leaves_the_queue() -> None:
+    """Its rows are masters: not rounded, and what an assigned state dict brings is made fp32."""
+    plain = make_loss()
+    for convert in ("half", "bfloat16", "double"):
+        linear, loss = torch.nn.Linear(D, D), make_loss()
+        getattr(torch.nn.Sequential(linear, loss), convert)()
+        assert linear.weight.dtype != torch.float32
+        assert states_equal(loss, plain)
+        assert {x.dtype for x in loss.state_dict().values()} == {torch.float32, torch.int64}
+    queue = FeatureQueue(Q, D)
+    state = queue.state_dict()
+    queue.load_state_dict(state | {"queue": state["queue"].half()}, assign=True)
+    assert queue.queue.dtype == torch.float32
+    assert dict(queue.named_buffers()).keys() == state.keys()
 
 
 def test_queue_search_and_enqueue() -> None:
@@ -224,7 +253,7 @@ def test_draws_depend_on_seed_and_step_and_nothing_else() -> None:
 
 
 def test_topk_beyond_the_queue_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"topk: expected 1 \.\. 40 \(queue_size\), got 41"):
+    with pytest.raises(ValueError, match=r"topk: expected 1 \.\. 40, got 41"):
         make_loss(topk=41)
 
 
@@ -253,18 +282,22 @@ def rank_main(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORLD_SIZE
     )
+    group = dist.group.WORLD
+    assert group is not None
     for transposed in (False, True):
-        loss = make_loss(group=dist.group.WORLD, transposed=transposed)
-        results = []
+        loss = make_loss(group=group, transposed=transposed)
+        results, sent = [], []
         for step in range(STEPS):
             projected, predicted, ids, labels = (
                 x.chunk(WORLD_SIZE, dim)[rank]
                 for x, dim in zip(batch(step), (1, 1, 0, 0), strict=True)
             )
             predicted.requires_grad_()
+            before = messages_of(group)
             result = loss(projected, predicted, step=step, sample_id=ids, label=labels)
             results.append((result.loss.detach(), *torch.autograd.grad(result.loss, predicted)))
-        torch.save((results, loss.state_dict()), folder / f"{rank}-{transposed}.pt")
+            sent.append(messages_of(group) - before)
+        torch.save((results, loss.state_dict(), sent), folder / f"{rank}-{transposed}.pt")
     dist.destroy_process_group()
 
 
@@ -287,7 +320,7 @@ def rank_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ranks_together_equal_one_process(transposed: bool, rank_folder: Path) -> None:
     results = (torch.load(rank_folder / f"{r}-{transposed}.pt") for r in range(WORLD_SIZE))
-    parts, states = zip(*results, strict=True)
+    parts, states, _ = zip(*results, strict=True)
     loss = make_loss(transposed=transposed)
     for step in range(STEPS):
         projected, predicted, ids, labels = batch(step)
@@ -302,6 +335,14 @@ def test_ranks_together_equal_one_process(transposed: bool, rank_folder: Path) -
     for state in states:
         for name, value in loss.state_dict().items():
             assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_update_sends_one_message_and_the_sums(transposed: bool, rank_folder: Path) -> None:
+    for rank in range(WORLD_SIZE):
+        *_, sent = torch.load(rank_folder / f"{rank}-{transposed}.pt")
+        # Once the numbers of rows: the first loss is the one that is not transposed.
+        assert sent == ([1] * STEPS if transposed else [3, *[2] * (STEPS - 1)])
 
 
 if __name__ == "__main__":

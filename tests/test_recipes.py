@@ -142,7 +142,7 @@ def test_warm_up_is_exact_in_updates(cell: Cell) -> None:
 def lr_factor(config: Config, total: int, update: int) -> float:
     """The schedule as the engine asks for it; it needs no weights."""
     no_model, no_optimizer = cast("PretrainModel", None), cast("torch.optim.Optimizer", None)
-    return StageState(config, no_model, no_optimizer, None, total, update).lr_factor()
+    return StageState(config, no_model, no_optimizer, None, total).lr_factor(update)
 
 
 def test_effective_learning_rates(cell: Cell) -> None:

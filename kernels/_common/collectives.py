@@ -5,7 +5,9 @@ Convention: a rank's loss is the mean over its own rows and the caller averages 
 rows each take the step of one process with W * n rows. `group=None`: one process, no communication.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import WeakSet
 
@@ -20,11 +22,15 @@ __all__ = [
     "all_reduce_sum",
     "check_equal_rows",
     "group_rank",
+    "start_all_gather_packed",
     "start_all_gather_rows",
 ]
 
-# Groups whose ranks brought equally many rows on CUDA, the one time that they were compared.
+# Groups whose ranks brought equally many rows, the one time that they were compared.
 _CHECKED: WeakSet[dist.ProcessGroup] = WeakSet()
+# Where the parts of a packed row start: Triton loads in wide pieces where pointers are multiples of
+# 16 bytes and strides of 16 numbers.
+PART_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,16 @@ class PendingRows:
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
-    """Number of this rank in the group, 0 without one."""
-    return 0 if group is None else dist.get_rank(group)
+    """Number of this rank in the group, 0 without one.
+
+    Raises:
+        TypeError: it is no group.
+    """
+    if group is None:
+        return 0
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a process group or None, got {type(group).__name__}")
+    return dist.get_rank(group)
 
 
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -73,10 +87,41 @@ def start_all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Pending
     return PendingRows(gathered, x, work)
 
 
+def start_all_gather_packed(
+    parts: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> list[PendingRows]:
+    """`start_all_gather_rows` of several tensors in one message.
+
+    Args:
+        parts: [n, ...] each, of any dtypes.
+        group: the W ranks.
+
+    Returns:
+        Of each part the rows [W * n, ...], dense but for the first stride.
+    """
+    if group is None:
+        return [start_all_gather_rows(x, group) for x in parts]
+    widths = [x[0].numel() * x.itemsize for x in parts]
+    ends = list(accumulate(-(-width // PART_BYTES) * PART_BYTES for width in widths))
+
+    def views(buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer[:, start : start + width].view(x.dtype).view(len(buffer), *x.shape[1:])
+            for x, start, width in zip(parts, [0, *ends], widths, strict=False)
+        ]
+
+    packed = parts[0].new_empty((len(parts[0]), ends[-1]), dtype=torch.uint8)
+    for place, x in zip(views(packed), parts, strict=True):
+        place.copy_(x.detach())
+    pending = start_all_gather_rows(packed, group)
+    rows = views(pending.rows)
+    return [PendingRows(*both, pending.work) for both in zip(rows, views(packed), strict=True)]
+
+
 def check_equal_rows(name: str, x: Tensor, group: dist.ProcessGroup | None) -> None:
     """Raise the same error on every rank unless all bring equally many rows x [n, ...].
 
-    On CUDA only the first time, because reading what the others say waits for the device.
+    Only the first time that this group is asked: it costs a message, and on a GPU a wait.
 
     Args:
         name: how the message calls them.
@@ -84,15 +129,16 @@ def check_equal_rows(name: str, x: Tensor, group: dist.ProcessGroup | None) -> N
         group: the ranks; None: one process, nothing to compare.
 
     Raises:
+        TypeError: it is no group.
         ValueError: ranks with different numbers.
     """
-    if group is None or (x.is_cuda and group in _CHECKED):
+    group_rank(group)  # refuses what is no group
+    if group is None or group in _CHECKED:
         return
     sizes = all_gather_rows(torch.tensor([x.shape[0]], device=x.device), group).tolist()
     if len(set(sizes)) > 1:
         raise ValueError(f"{name}: expected equally many rows on every rank, got {sizes}")
-    if x.is_cuda:
-        _CHECKED.add(group)
+    _CHECKED.add(group)
 
 
 def all_reduce_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ def obstacle(*tensors: Tensor) -> str | None:
         if tensor.device.type == "cpu":
             if not _interprets():
                 return "runs on CUDA, got a tensor on cpu (TRITON_INTERPRET=1 interprets it there)"
+            if tensor.dtype == torch.bfloat16:
+                return "is interpreted, where Triton gets bfloat16 wrong: give float32 or float16"
         elif tensor.device.type != "cuda" or torch.version.cuda is None:
             return f"runs on CUDA, got a tensor on {tensor.device}"
         elif sm_arch(tensor.device) < OLDEST_ARCH:
@@ -63,7 +66,23 @@ def _interprets() -> bool:
         return False
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    if not triton.knobs.runtime.interpret:
+        return False
+    _let_the_interpreter_count()
+    return True
+
+
+def _let_the_interpreter_count() -> None:
+    """Triton 3.6 takes int() of arrays of one element, which numpy refuses since 2.4."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 @functools.cache

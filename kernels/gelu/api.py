@@ -3,10 +3,16 @@
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import FLOATING, check_rows, check_tensor, expect
+from maect_fast.kernels._common.checks import (
+    FLOATING,
+    check_rows,
+    check_tensor,
+    check_tensors,
+    expect,
+)
 from maect_fast.kernels.gelu import op
 
-__all__ = ["gelu"]
+__all__ = ["gelu", "gelu_int8"]
 
 
 def gelu(h: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
@@ -30,9 +36,39 @@ def gelu(h: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto") ->
 
     Source: arXiv 1606.08415; torch.nn.functional.gelu.
     """
+    check_tensors(h=h)
     check_backend("gelu", backend, triton=lambda: op.triton_obstacle(h, bias))
+    _check(h, bias)
+    return op.gelu(h, bias, backend)
+
+
+def gelu_int8(
+    h: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`gelu` in int8 with a scale per row, an operand of `int8_linear`.
+
+    It is quantised as `quantize_rows` does it, from fp32; half-way between two steps the kernel may
+    take the other one.
+
+    Args:
+        h: [..., D] floats, viewable as rows of one stride; last stride 1.
+        bias: [D] floats.
+        backend: "auto" is "triton" on CUDA but for fp64 and D > 8192, else "reference".
+
+    Returns:
+        g [..., D] int8 and its scales [...] fp32, contiguous. Nothing gets a gradient.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `gelu`.
+    """
+    check_backend("gelu_int8", backend, triton=lambda: op.int8_obstacle(h, bias))
+    _check(h, bias)
+    g, scale = op.gelu_int8(h, bias, backend)
+    return g, scale
+
+
+def _check(h: Tensor, bias: Tensor | None) -> None:
     expect(h.ndim > 0, "h", "at least one dimension", h.ndim)
     check_tensor("h", h, h, FLOATING, (None,) * h.ndim)
     check_rows("h", h)
     check_tensor("bias", bias, h, FLOATING, h.shape[-1:])
-    return op.gelu(h, bias, backend)

@@ -15,14 +15,30 @@ from maect_fast.kernels._common.library import Differentiable, needs_gradient, o
 from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.gelu import reference
 
-__all__ = ["gelu", "gelu_bwd", "gelu_fwd", "triton_obstacle"]
+__all__ = [
+    "gelu",
+    "gelu_bwd",
+    "gelu_fwd",
+    "gelu_int8",
+    "int8_obstacle",
+    "triton_obstacle",
+]
 
-FORWARD, BACKWARD = Plans(), Plans()
+FORWARD, BACKWARD, INT8 = Plans(), Plans(), Plans()
+# Features of a row, all of which the int8 kernel holds at once.
+MAX_FEATURES = 8192
 
 
 def triton_obstacle(h: Tensor, bias: Tensor | None) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None."""
     return gpu.obstacle(h) if bias is None else gpu.obstacle(h, bias)
+
+
+def int8_obstacle(h: Tensor, bias: Tensor | None) -> str | None:
+    """The same of the kernel that writes int8."""
+    if h.shape[-1] > MAX_FEATURES:
+        return f"takes up to {MAX_FEATURES} features, got {h.shape[-1]}"
+    return triton_obstacle(h, bias)
 
 
 def _is_triton(backend: str, h: Tensor, bias: Tensor | None) -> bool:
@@ -52,6 +68,24 @@ def gelu_fwd(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         launcher = partial(_triton().forward, h, bias)
         found = FORWARD.record(lambda: (launcher(),), (h, bias), (backend,))
     return found[0]
+
+
+def _int8_fake(h: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    scale = h.new_empty(h.shape[:-1], dtype=torch.float32)
+    return h.new_empty(h.shape, dtype=torch.int8), scale
+
+
+@operator("gelu_int8", fake=_int8_fake)
+def gelu_int8(h: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """G [..., D] int8 and its scales, contiguous: `reference.gelu_int8`."""
+    found = INT8.replay((h, bias), (backend,))
+    if found is None:
+        is_auto = backend == "auto" and gpu.is_gpu(h) and int8_obstacle(h, bias) is None
+        if not (is_auto or backend == "triton"):
+            return reference.gelu_int8(h, bias)
+        found = INT8.record(partial(_triton().forward_int8, h, bias), (h, bias), (backend,))
+    g, scale = found
+    return g, scale
 
 
 def _backward_fake(

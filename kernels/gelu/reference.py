@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["gelu", "gelu_backward"]
+from maect_fast.kernels._common.int8 import quantize_rows
+
+__all__ = ["gelu", "gelu_backward", "gelu_int8"]
 
 
 def gelu(h: Tensor, bias: Tensor | None) -> Tensor:
@@ -17,6 +19,11 @@ def gelu(h: Tensor, bias: Tensor | None) -> Tensor:
     x = _sum(h, bias)
     torch.ops.aten.gelu_(x)
     return x.to(h.dtype)
+
+
+def gelu_int8(h: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """GELU [..., D] in int8, and its rows' scales [...] fp32; g is rounded to nothing else."""
+    return quantize_rows(gelu(h.to(_wide(h)), bias))
 
 
 def gelu_backward(

@@ -16,8 +16,9 @@ from torch import Tensor
 from maect_fast.kernels._common.gpu import num_multiprocessors
 from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
 from maect_fast.kernels._common.plan import launch
+from maect_fast.kernels._common.triton_int8 import larger, quantized, row_scale
 
-__all__ = ["backward", "forward", "machine_code"]
+__all__ = ["backward", "forward", "forward_int8", "machine_code"]
 
 # log2 of the normal tail Q(t) = 1 - Phi(t): sum of C[i] t^i, by the README's fit.
 C0 = tl.constexpr(-1.00002575)
@@ -39,7 +40,14 @@ PROGRAMS = 8
 
 
 def _row(
-    label: str, *, BLOCK_M: int, registers: int, blocks: int, instructions: float, **opcodes: int
+    label: str,
+    *,
+    BLOCK_M: int,
+    registers: int,
+    blocks: int,
+    instructions: float,
+    chunks: int = 1,
+    **opcodes: int,
 ) -> LaunchRow:
     """A launch for eight images of ViT-L/16; the opcodes of BLOCK_M tokens with a bias."""
     tile = {"BLOCK_M": BLOCK_M, "BLOCK_D": 1024}
@@ -54,7 +62,7 @@ def _row(
             registers=registers,
             blocks_per_sm=blocks,
             opcodes=wide | {"MUFU.EX2": opcodes["exponentials"]},
-            elements=tile["BLOCK_M"] * tile["BLOCK_D"],
+            elements=tile["BLOCK_M"] * tile["BLOCK_D"] * chunks,
             instructions=instructions,
         ),
     )
@@ -81,6 +89,31 @@ FORWARD = {
         loads=4,
         stores=2,
         exponentials=8,
+    ),
+}
+# With the result in int8, of whole tokens: a thread's eight numbers are one store of 64 bits.
+FORWARD_INT8 = {
+    True: _row(
+        "polynomial, int8",
+        BLOCK_M=1,
+        chunks=4,
+        registers=56,
+        blocks=9,
+        instructions=20,
+        loads=12,
+        stores=0,
+        exponentials=32,
+    ),
+    False: _row(
+        "erf, int8",
+        BLOCK_M=1,
+        chunks=4,
+        registers=96,
+        blocks=5,
+        instructions=41,
+        loads=16,
+        stores=0,
+        exponentials=32,
     ),
 }
 BACKWARD = {
@@ -122,6 +155,12 @@ def _tail(t, IS_HALF: tl.constexpr):
     return 0.5 - 0.5 * tl.erf(t * SQRT_HALF)
 
 
+@triton.jit
+def _gelu(x, IS_HALF: tl.constexpr):
+    t = _magnitude(x)
+    return tl.maximum(x, 0.0) - t * _tail(t, IS_HALF)
+
+
 @triton.jit(do_not_specialize=["M"])
 def fwd_kernel(
     h_ptr,
@@ -146,9 +185,47 @@ def fwd_kernel(
         # As a tile, so that it comes in the threads' layout, not by way of shared memory.
         bias_ptrs = bias_ptr + tl.zeros((BLOCK_M, 1), tl.int32) + offs_d[None, :]
         x += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
-    t = _magnitude(x)
-    g = tl.maximum(x, 0.0) - t * _tail(t, IS_HALF)
-    tl.store(g_ptr + offs_m[:, None] * D + offs_d[None, :], g, mask=mask)
+    tl.store(g_ptr + offs_m[:, None] * D + offs_d[None, :], _gelu(x, IS_HALF), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def int8_kernel(
+    h_ptr,
+    bias_ptr,
+    g_ptr,
+    scale_ptr,
+    M,
+    stride_hm,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_M tokens, all of whose features stay in registers until their largest is known."""
+    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    gs = ()
+    largest = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = mask_m[:, None] & (offs_d < D)[None, :]
+        h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_d[None, :]
+        x = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias_ptrs = bias_ptr + tl.zeros((BLOCK_M, 1), tl.int32) + offs_d[None, :]
+            x += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+        g = _gelu(x, IS_HALF)
+        largest = larger(largest, g)
+        gs = gs + (g,)
+    scale = row_scale(largest)
+    tl.store(scale_ptr + offs_m, scale, mask=mask_m)
+    for c in tl.static_range(CHUNKS):
+        offs_d = c * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = mask_m[:, None] & (offs_d < D)[None, :]
+        g_ptrs = g_ptr + offs_m[:, None] * D + offs_d[None, :]
+        tl.store(g_ptrs, quantized(gs[c], scale), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "span"])
@@ -213,6 +290,21 @@ def forward(h: Tensor, bias: Tensor | None, row: LaunchRow | None = None) -> Ten
     return g
 
 
+def forward_int8(
+    h: Tensor, bias: Tensor | None, row: LaunchRow | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.gelu_int8`."""
+    row = row or FORWARD_INT8[_is_half(h)]
+    g = h.new_empty(h.shape, dtype=torch.int8)
+    scale = h.new_empty(h.shape[:-1], dtype=torch.float32)
+    M, _ = _size(h)
+    if M > 0:
+        programs = triton.cdiv(M, row.blocks["BLOCK_M"])
+        options = _options(h, bias) | row.options
+        launch(int8_kernel, (programs,), h, bias, g, scale, M, _stride(h), **options)
+    return g, scale
+
+
 def backward(
     h: Tensor, bias: Tensor | None, dg: Tensor, need_g: bool, row: LaunchRow | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,6 +351,10 @@ def machine_code(arch: int) -> Iterator[Launch]:
             h, bias = _inputs_at(row, dtype)
             call = partial(forward, h, bias, row)
             yield Launch(kernel=fwd_kernel, row=row, call=call, variant=variant)
+        for row in fitting([FORWARD_INT8[dtype != torch.float32]], arch):
+            h, bias = _inputs_at(row, dtype)
+            into_int8 = partial(forward_int8, h, bias, row)
+            yield Launch(kernel=int8_kernel, row=row, call=into_int8, variant=variant)
         for row in fitting([BACKWARD[dtype != torch.float32]], arch):
             h, bias = _inputs_at(row, dtype)
             yield Launch(

@@ -1,11 +1,13 @@
 """Public functions: the NNCLR InfoNCE loss, alone and with its health."""
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_temperature, expect
+from maect_fast.kernels._common.checks import check_bool, check_temperature, check_tensors, expect
 from maect_fast.kernels._common.collectives import PendingRows, group_rank
 from maect_fast.kernels.info_nce import op
 from maect_fast.kernels.info_nce.gather import columns_of
@@ -79,7 +81,7 @@ def info_nce_stats(
 
 def _loss(
     predicted: Tensor,
-    neighbour: Tensor | PendingRows,
+    neighbour: Any,
     temperature: float | Tensor,
     group: dist.ProcessGroup | None,
     transposed: bool,
@@ -87,11 +89,13 @@ def _loss(
     backend: Backend,
 ) -> op.Result:
     """Check, gather, call."""
+    check_tensors(predicted=predicted)
     shape, local = list(predicted.shape), neighbour
     if isinstance(neighbour, PendingRows):
         views = neighbour.local.transpose(0, 1)
         local = views if len(shape) == 3 else views[0]
-    assert isinstance(local, Tensor)
+    check_tensors(neighbour=local)
+    check_bool("transposed", transposed)
     check_backend(
         "info_nce",
         backend,

@@ -7,10 +7,10 @@ from torch import Tensor
 from maect_fast.kernels._common.collectives import (
     PendingRows,
     check_equal_rows,
-    start_all_gather_rows,
+    start_all_gather_packed,
 )
 
-__all__ = ["columns_of", "gather_neighbours"]
+__all__ = ["columns_of", "gather_neighbours", "gather_with_neighbours"]
 
 
 def gather_neighbours(
@@ -26,10 +26,27 @@ def gather_neighbours(
     Returns:
         What `info_nce` takes in their place, with the same `group`.
     """
+    return gather_with_neighbours(neighbour, group=group, dtype=dtype)[0]
+
+
+def gather_with_neighbours(
+    neighbour: Tensor, *others: Tensor, group: dist.ProcessGroup | None, dtype: torch.dtype
+) -> list[PendingRows]:
+    """`gather_neighbours` with all else of an update in the same message.
+
+    Args:
+        neighbour: [2, n, D] or [n, D].
+        others: [n, ...] each, of any dtypes: what enters the queue.
+        group: as for `info_nce`.
+        dtype: as for `gather_neighbours`.
+
+    Returns:
+        The neighbours, then the others, in order.
+    """
     rows = neighbour.detach().view(-1, *neighbour.shape[-2:]).transpose(0, 1)
     check_equal_rows("neighbour", rows, group)
     is_half = group is not None and dtype.itemsize == 2
-    return start_all_gather_rows(rows.to(dtype) if is_half else rows, group)
+    return start_all_gather_packed([rows.to(dtype) if is_half else rows, *others], group)
 
 
 def columns_of(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_temperature, expect
+from maect_fast.kernels._common.checks import check_bool, check_temperature, check_tensors, expect
 from maect_fast.kernels._common.collectives import check_equal_rows, group_rank
 from maect_fast.kernels.info_nce import op
 
@@ -50,6 +50,8 @@ def symmetric_info_nce(
 
     Source: arXiv 2103.00020 figure 3 (CLIP); arXiv 2002.05709 section 2.1 (NT-Xent).
     """
+    check_tensors(first=first, second=second)
+    check_bool("same_view", same_view)
     check_backend(
         "symmetric_info_nce",
         backend,

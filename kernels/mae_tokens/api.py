@@ -6,7 +6,7 @@ Source: arXiv 2111.06377; ml-jku/MAE-CT: models/vit/masked_decoder.py, losses/ma
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import FLOATING, INDEX, check_tensor, expect
+from maect_fast.kernels._common.checks import FLOATING, INDEX, check_tensor, check_tensors, expect
 from maect_fast.kernels.mae_tokens import op
 from maect_fast.kernels.mae_tokens.gather import check_images
 
@@ -39,6 +39,9 @@ def restore_tokens(
         ValueError, TypeError: a shape, device or dtype that does not fit; a last stride not 1.
         RuntimeError: a backend that is not there, or not for these inputs.
     """
+    check_tensors(
+        tokens=tokens, mask_token=mask_token, pos_embed=pos_embed, ids_restore=ids_restore
+    )
     x = (tokens, mask_token, pos_embed)
     check_backend("restore_tokens", backend, triton=lambda: op.triton_obstacle(*x))
     check_tensor("tokens", tokens, tokens, FLOATING, (None, None, None))
@@ -79,6 +82,7 @@ def masked_patch_mse(
     Raises:
         ValueError, TypeError, RuntimeError: as `restore_tokens`.
     """
+    check_tensors(predicted=predicted, images=images, ids_removed=ids_removed)
     x = (predicted, images)
     check_backend("masked_patch_mse", backend, triton=lambda: op.mse_obstacle(*x))
     F = check_images(images, patch_size)

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import FLOATING, INDEX, check_tensor, expect
+from maect_fast.kernels._common.checks import (
+    FLOATING,
+    INDEX,
+    check_int,
+    check_tensor,
+    check_tensors,
+    expect,
+)
 from maect_fast.kernels.mae_tokens import op
 
 __all__ = ["check_images", "gather_patches"]
@@ -38,6 +45,7 @@ def gather_patches(
         ValueError, TypeError: a shape, size or device, a dtype that does not fit.
         RuntimeError: a backend that is not there, or not for these inputs.
     """
+    check_tensors(images=images, ids=ids)
     to = images.dtype if dtype is None else dtype
     check_backend("gather_patches", backend, triton=lambda: op.triton_obstacle(images, dtype=to))
     check_images(images, patch_size)
@@ -48,8 +56,9 @@ def gather_patches(
 
 def check_images(images: Tensor, patch_size: int) -> int:
     """Refuse what is no image batch of whole patches; returns the numbers of a patch, F."""
+    check_int("patch_size", patch_size, 1)
     expect(images.dtype in FLOATING, "images", "floats", images.dtype, TypeError)
-    if images.ndim != 4 or patch_size < 1 or any(n % patch_size for n in images.shape[2:]):
+    if images.ndim != 4 or any(n % patch_size for n in images.shape[2:]):
         expected = f"[B, C, H, W] with H and W multiples of the patch size {patch_size}"
         raise ValueError(f"images: expected {expected}, got {list(images.shape)}")
     return int(images.shape[1]) * patch_size**2

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from maect_fast.kernels._common import checks
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels._common.checks import FLOATING, INDEX, check_tensor, expect
 from maect_fast.kernels.masked_attention import op, reference
@@ -50,8 +51,7 @@ def masked_attention(
     Source: arXiv 1706.03762; ml-jku/MAE-CT: models/modules/flash_attention_wrapper.py.
     """
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-    rows = _check_modes(modes)
-    check_tensor("qkv", qkv, qkv, FLOATING, (*rows, 3, None, None))
+    check_tensor("qkv", qkv, qkv, FLOATING, (*_check_modes(modes), 3, None, None))
     _check_tensors(qkv, modes)
     return _attend("masked_attention", (qkv,), modes, scale, backend)
 
@@ -77,6 +77,7 @@ def attention(
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
     rows = _check_modes(modes)
     square = keep is not None or cu_seqlens is not None
+    checks.check_tensors(q=q, k=k, v=v)
     check_tensor("v", v, v, FLOATING, (*rows, None, None))
     check_tensor("k", k, v, (v.dtype,), v.shape)
     check_tensor("q", q, v, (v.dtype,), v.shape if square else (len(v), None, *v.shape[2:]))
@@ -88,6 +89,7 @@ def _attend(
     name: str, inputs: tuple[Tensor, ...], modes: Modes, scale: float | None, backend: Backend
 ) -> Tensor:
     factor = inputs[0].shape[-1] ** -0.5 if scale is None else scale
+    checks.check_number("scale", factor)
     if backend != "auto":
         check_backend(name, backend, triton=lambda: op.triton_obstacle(factor, *inputs))
         if backend == "reference":
@@ -105,8 +107,7 @@ def _check_modes(modes: Modes) -> tuple[None, ...]:
         expect(max_seqlen is None, "max_seqlen", "None without cu_seqlens", max_seqlen)
         return None, None
     expect(key_mask is None, "key_mask", "None with cu_seqlens (use lengths)", "a tensor")
-    expect(max_seqlen is not None, "max_seqlen", "an int with cu_seqlens", None)
-    expect(isinstance(max_seqlen, int), "max_seqlen", "an int", type(max_seqlen), TypeError)
+    checks.check_int("max_seqlen", max_seqlen, 0)
     return (None,)
 
 

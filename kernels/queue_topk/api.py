@@ -4,7 +4,7 @@ from torch import Tensor
 
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import check_int64
+from maect_fast.kernels._common.checks import check_int, check_int64, check_tensors
 from maect_fast.kernels.queue_topk import op, reference
 from maect_fast.kernels.queue_topk.reference import Pick, QueueState, TopK
 
@@ -49,6 +49,7 @@ def queue_topk(
         TopK: values, indices [.., k]; with `pick` the chosen slots and rows, with labels the hits.
 
     Raises:
+        TypeError: no tensor, no int.
         ValueError: shapes or dtypes that do not fit, k outside 1 .. Q, ids or labels on one side
             only, ranks (on the CPU) outside 0 .. k-1.
         RuntimeError: a backend asked for by name that cannot take these tensors.
@@ -62,13 +63,13 @@ def queue_topk(
         queue_id = None if query_id is None else queue.queue_id
         queue_label = None if query_label is None else queue.queue_y
         shadow, queue = queue.shadow or (), queue.queue
+    check_tensors(query=query, queue=queue)
     if query.ndim not in (2, 3) or queue.ndim != 2 or query.shape[-1] != queue.shape[1]:
         shapes = f"{list(query.shape)} and {list(queue.shape)}"
         raise ValueError(f"query, queue: expected [n, D] or [V, n, D] and [Q, D], got {shapes}")
     if not (query.is_floating_point() and queue.is_floating_point()):
         raise ValueError(f"query, queue: expected floats, got {query.dtype} and {queue.dtype}")
-    if not 1 <= k <= queue.shape[0]:
-        raise ValueError(f"k: expected 1 .. {queue.shape[0]} (rows of the queue), got {k}")
+    check_int("k", k, 1, queue.shape[0])
     rows: Tensor = queue
     check_backend(
         "queue_topk",
@@ -86,7 +87,7 @@ def queue_topk(
     draw: list[Tensor] = []
     if isinstance(pick, Pick):
         draw = op.pick_arguments(pick, query.device)
-    rank = pick if isinstance(pick, Tensor) else None
+    rank = None if isinstance(pick, Pick) else pick
     check_int64("pick", rank, query.shape[:-1])
     tensors = (query_id, queue_id, query_label, queue_label)
     if backend == "reference":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from maect_fast.kernels._common.checks import check_int64
+from maect_fast.kernels._common.checks import check_int64, check_tensors
 from maect_fast.kernels.queue_topk import op
 from maect_fast.kernels.queue_topk.reference import QueueState, Shadow
 
@@ -29,6 +29,7 @@ def enqueue(
 
     Source: ml-jku/MAE-CT: models/contrastive_heads/base/contrastive_head_base.py.
     """
+    check_tensors(rows=rows)
     if rows.ndim != 2 or rows.shape[1] != state.queue.shape[1] or not rows.is_floating_point():
         expected = f"floats [B, {state.queue.shape[1]}]"
         raise ValueError(f"rows: expected {expected}, got {rows.dtype} {list(rows.shape)}")

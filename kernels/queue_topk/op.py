@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maect_fast.kernels._common import cpp, gpu
+from maect_fast.kernels._common.checks import expect
 from maect_fast.kernels._common.library import operator
 from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.queue_topk import reference
@@ -222,6 +223,8 @@ def pick_arguments(pick: reference.Pick, device: torch.device) -> list[Tensor]:
     """
     if all(isinstance(x, int) for x in pick):
         return [torch.tensor([_wrapped(x) for x in pick], dtype=torch.int64)]  # type: ignore[arg-type]
+    for name, x in zip(pick._fields, pick, strict=True):
+        expect(isinstance(x, int | Tensor), f"pick.{name}", "an int or a tensor", x, TypeError)
     *scalars, row = (
         x.to(torch.int64) if isinstance(x, Tensor) else torch.tensor(_wrapped(x)) for x in pick
     )

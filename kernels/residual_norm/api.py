@@ -4,10 +4,17 @@ import torch
 from torch import Tensor
 
 from maect_fast.kernels._common.backend import Backend, check_backend
-from maect_fast.kernels._common.checks import FLOATING, check_rows, check_tensor, expect
+from maect_fast.kernels._common.checks import (
+    FLOATING,
+    check_number,
+    check_rows,
+    check_tensor,
+    check_tensors,
+    expect,
+)
 from maect_fast.kernels.residual_norm import op
 
-__all__ = ["residual_norm"]
+__all__ = ["residual_norm", "residual_norm_int8"]
 
 
 def residual_norm(
@@ -46,10 +53,50 @@ def residual_norm(
 
     Source: arXiv 1607.06450; timm: models/vision_transformer.py, Block.
     """
+    check_tensors(r=r, weight=weight, bias=bias)
+    check_number("eps", eps, 0.0)
     if dtype is None:
         dtype = r.dtype if branch is None else branch.dtype
     inputs = (r, branch, branch_bias, weight, bias)
     check_backend("residual_norm", backend, triton=lambda: op.triton_obstacle(*inputs, dtype=dtype))
+    _check(*inputs)
+    expect(dtype in FLOATING, "dtype", "a float", dtype, TypeError)
+    r_out, y = op.residual_norm(*inputs, eps, dtype, backend)
+    return r if branch is None else r_out, y
+
+
+def residual_norm_int8(
+    r: Tensor,
+    branch: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`residual_norm` whose y is int8 with a scale per row, an operand of `int8_linear`.
+
+    y is quantised as `quantize_rows` does it, from fp32; half-way between two steps a kernel may
+    take the other one. Args are those of `residual_norm`.
+
+    Returns:
+        r_out [..., D] in the dtype of `r`, which is `r` itself without a branch; y [..., D] int8;
+        its scales [...] fp32. Nothing gets a gradient.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `residual_norm`.
+    """
+    inputs = (r, branch, branch_bias, weight, bias)
+    check_backend("residual_norm_int8", backend, triton=lambda: op.triton_obstacle(*inputs))
+    _check(*inputs)
+    r_out, y, scale = op.residual_norm_int8(*inputs, eps, backend)
+    return r if branch is None else r_out, y, scale
+
+
+def _check(
+    r: Tensor, branch: Tensor | None, branch_bias: Tensor | None, weight: Tensor, bias: Tensor
+) -> None:
     expect(r.ndim > 0, "r", "at least one dimension", r.ndim)
     check_tensor("r", r, r, FLOATING, (None,) * r.ndim)
     check_rows("r", r)
@@ -60,6 +107,3 @@ def residual_norm(
     columns = (("branch_bias", branch_bias), ("weight", weight), ("bias", bias))
     for name, column in columns:
         check_tensor(name, column, r, FLOATING, r.shape[-1:])
-    expect(dtype in FLOATING, "dtype", "a float", dtype, TypeError)
-    r_out, y = op.residual_norm(*inputs, eps, dtype, backend)
-    return r if branch is None else r_out, y

@@ -15,7 +15,13 @@ from maect_fast.kernels._common.library import Differentiable, needs_gradient, o
 from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.residual_norm import reference
 
-__all__ = ["residual_norm", "residual_norm_bwd", "residual_norm_fwd", "triton_obstacle"]
+__all__ = [
+    "residual_norm",
+    "residual_norm_bwd",
+    "residual_norm_fwd",
+    "residual_norm_int8",
+    "triton_obstacle",
+]
 
 FORWARD, BACKWARD = Plans(), Plans()
 # Features of a row, all of which the kernels hold at once.
@@ -85,6 +91,43 @@ def residual_norm_fwd(
         found = FORWARD.record(launcher, inputs, numbers)
     out, y, mean, rstd = found
     return out, y, mean, rstd
+
+
+def _int8_fake(
+    r: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = r.new_empty((0,) if branch is None else r.shape)
+    scale = r.new_empty(r.shape[:-1], dtype=torch.float32)
+    return out, r.new_empty(r.shape, dtype=torch.int8), scale
+
+
+@operator("residual_norm_int8", fake=_int8_fake)
+def residual_norm_int8(
+    r: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r_out, empty without a branch, y, scale: `reference.residual_norm_int8`, contiguous."""
+    inputs, numbers = (r, branch, branch_bias, weight, bias), (eps, torch.int8, backend)
+    found = FORWARD.replay(inputs, numbers)
+    if found is None:
+        if not _is_triton(backend, *inputs, dtype=torch.float32):
+            out, y, scale = reference.residual_norm_int8(*inputs, eps)
+            return out.contiguous(), y, scale
+        launcher = partial(_triton().forward, *inputs, eps, torch.int8)
+        found = FORWARD.record(launcher, inputs, numbers)
+    out, y, scale = found
+    return out, y, scale
 
 
 def _backward_fake(

@@ -7,7 +7,9 @@ branch what a block's attention or MLP adds to it.
 import torch
 from torch import Tensor
 
-__all__ = ["residual_norm", "residual_norm_backward"]
+from maect_fast.kernels._common.int8 import quantize_rows
+
+__all__ = ["residual_norm", "residual_norm_backward", "residual_norm_int8"]
 
 
 def residual_norm(
@@ -37,6 +39,20 @@ def residual_norm(
     shape = [r.shape[-1]]
     y, mean, rstd = torch.native_layer_norm(x.to(wide), shape, weight.to(wide), bias.to(wide), eps)
     return out, y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def residual_norm_int8(
+    r: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r_out and y of `residual_norm`, of which y [..., D] is int8 and has scales [...] fp32."""
+    inputs = (r, branch, branch_bias, weight, bias)
+    out, y, _, _ = residual_norm(*inputs, eps, _wide(r))
+    return out, *quantize_rows(y)
 
 
 def residual_norm_backward(

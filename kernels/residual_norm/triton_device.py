@@ -8,6 +8,8 @@ that its sums need few shuffles and the columns' sums none before the end.
 import triton
 import triton.language as tl
 
+from maect_fast.kernels._common.triton_int8 import larger, quantized, row_scale
+
 __all__ = ["bwd_kernel", "fwd_kernel"]
 
 
@@ -45,17 +47,22 @@ def fwd_kernel(
     y_ptr,
     mean_ptr,
     rstd_ptr,
+    scale_ptr,
     M,
     eps,
     stride_rm,
     stride_bm,
     D: tl.constexpr,
+    IS_INT8: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_BRANCH_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_M rows: sums as they are rounded, their statistics in two passes over registers."""
+    """BLOCK_M rows: sums as they are rounded, their statistics in two passes over registers.
+
+    In int8 y has scales, and nobody needs the statistics.
+    """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -81,13 +88,27 @@ def fwd_kernel(
         x = xs[c] - mean[:, None]
         acc += tl.where(mask, x * x, 0.0)
     rstd = tl.rsqrt(tl.sum(acc, axis=1) / D + eps)
-    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+    if not IS_INT8:
+        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+    ys = ()
+    largest = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for c in tl.static_range(CHUNKS):
         offs_d, mask = _chunk(c, mask_m, D, BLOCK_D)
         y = (xs[c] - mean[:, None]) * rstd[:, None] * _column(weight_ptr, offs_m, offs_d, mask)
         y += _column(bias_ptr, offs_m, offs_d, mask)
-        tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y, mask=mask)
+        if IS_INT8:
+            largest = larger(largest, y)
+            ys = ys + (y,)
+        else:
+            tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y, mask=mask)
+    if IS_INT8:
+        scale = row_scale(largest)
+        tl.store(scale_ptr + offs_m, scale, mask=mask_m)
+        for c in tl.static_range(CHUNKS):
+            offs_d, mask = _chunk(c, mask_m, D, BLOCK_D)
+            y = quantized(ys[c], scale)
+            tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "span"])

@@ -28,6 +28,7 @@ def _row(
     blocks: int,
     instructions: float,
     maxnreg: int | None = None,
+    int8: bool = False,
 ) -> LaunchRow:
     """For widths up to `most`, at eight images of a ViT of width D with a bf16 stream."""
     chunks = -(-D // BLOCK_D)
@@ -42,7 +43,7 @@ def _row(
             registers=registers,
             blocks_per_sm=blocks,
             # Per chunk at least two rows in, two fp32 parameters, two rows out.
-            opcodes={"LDG.E.128": 6 * chunks, "STG.E.128": 2 * chunks},
+            opcodes={"LDG.E.128": 6 * chunks, "STG.E.128": (1 if int8 else 2) * chunks},
             elements=2 * D,
             instructions=instructions,
         ),
@@ -57,6 +58,17 @@ FORWARD = {
     1024: _row(1024, 512, 1024, warps=4, registers=60, blocks=8, instructions=26),
     1536: _row(1536, 512, 1280, warps=4, registers=60, blocks=8, instructions=29),
     3072: _row(3072, 1024, 2048, warps=8, registers=60, blocks=4, instructions=26),
+}
+# With y in int8: a thread's eight numbers are one store of 64 bits.
+FORWARD_INT8 = {
+    384: _row(384, 128, 384, int8=True, warps=1, registers=72, blocks=28, instructions=25),
+    768: _row(768, 256, 768, int8=True, warps=2, registers=64, blocks=16, instructions=24),
+    1024: _row(1024, 512, 1024, int8=True, warps=4, registers=60, blocks=8, instructions=30),
+    # Left alone, ptxas aims at 56 registers and spills 8 bytes of an fp32 stream.
+    1536: _row(
+        1536, 512, 1280, int8=True, warps=4, registers=64, blocks=8, instructions=33, maxnreg=64
+    ),
+    3072: _row(3072, 1024, 2048, int8=True, warps=8, registers=60, blocks=4, instructions=30),
 }
 BACKWARD = {
     384: _row(384, 128, 384, warps=1, registers=192, blocks=8, instructions=25),
@@ -90,25 +102,28 @@ def forward(
     eps: float,
     dtype: torch.dtype,
     row: LaunchRow | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.residual_norm`."""
+) -> tuple[Tensor, ...]:
+    """`reference.residual_norm`; in int8 `reference.residual_norm_int8`."""
     M, D = _size(r)
-    row = row or launch_config(FORWARD, D)
+    is_int8 = dtype == torch.int8
+    row = row or launch_config(FORWARD_INT8 if is_int8 else FORWARD, D)
     out = r.new_empty((0,) if branch is None else r.shape)
     y = r.new_empty(r.shape, dtype=dtype)
-    mean, rstd = (r.new_empty(r.shape[:-1], dtype=torch.float32) for _ in range(2))
+    found = [r.new_empty(r.shape[:-1], dtype=torch.float32) for _ in range(1 if is_int8 else 2)]
+    mean, rstd, scale = (None, None, *found) if is_int8 else (*found, None)
     if M > 0:
         launch(
             fwd_kernel,
             (triton.cdiv(M, row.blocks["BLOCK_M"]),),
-            *(r, branch, branch_bias, weight, bias, out, y, mean, rstd, M, eps),
+            *(r, branch, branch_bias, weight, bias, out, y, mean, rstd, scale, M, eps),
             *(_stride(r), _stride(branch)),
             D=D,
+            IS_INT8=is_int8,
             HAS_BRANCH=branch is not None,
             HAS_BRANCH_BIAS=branch_bias is not None,
             **row.options,
         )
-    return out, y, mean, rstd
+    return out, y, *found
 
 
 def backward(
@@ -169,18 +184,22 @@ def machine_code(arch: int) -> Iterator[Launch]:
     dtypes = {"bf16": (bf16, bf16), "fp16": (fp16, fp16), "fp32 + bf16": (fp32, bf16)}
     for variant, (stream, half) in (dtypes | {"fp32": (fp32, fp32)}).items():
         for row in fitting(FORWARD.values(), arch):
-            call = partial(_forward_at, row, stream, half)
+            call = partial(_forward_at, row, stream, half, half)
             yield Launch(kernel=fwd_kernel, row=row, call=call, variant=variant)
+        # Of fp16 but for two conversions as of bf16.
+        for row in fitting(FORWARD_INT8.values() if stream != fp16 else (), arch):
+            call = partial(_forward_at, row, stream, half, torch.int8)
+            yield Launch(kernel=fwd_kernel, row=row, call=call, variant=f"{variant}, int8")
         for row in fitting(_backward_table(stream).values(), arch):
             call = partial(_backward_at, row, stream, half)
             yield Launch(kernel=bwd_kernel, row=row, call=call, variant=variant)
 
 
-def _forward_at(row: LaunchRow, stream: torch.dtype, half: torch.dtype) -> None:
+def _forward_at(row: LaunchRow, stream: torch.dtype, half: torch.dtype, dtype: torch.dtype) -> None:
     M, D = row.sizes["M"], row.sizes["D"]
     r, branch = (torch.empty(M, D, dtype=dtype, device="meta") for dtype in (stream, half))
     weight = torch.empty(D, device="meta")
-    forward(r, branch, weight, weight, weight, 1e-6, half, row)
+    forward(r, branch, weight, weight, weight, 1e-6, dtype, row)
 
 
 def _backward_at(row: LaunchRow, stream: torch.dtype, half: torch.dtype) -> None:

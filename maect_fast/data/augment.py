@@ -31,11 +31,13 @@ __all__ = [
     "bytes_to_normalized",
     "draw",
     "eval_pixels",
+    "eval_reduction",
     "finish_views",
     "image_views",
     "num_draws",
     "tensor_views",
     "to_normalized",
+    "view_reduction",
 ]
 
 Draws: TypeAlias = Sequence[Sequence[float]]
@@ -206,6 +208,29 @@ def _centre_box(
     ratio = min(max(width / height, augment.ratio[0]), augment.ratio[1])
     w, h = min(width, height * ratio), min(height, width / ratio)
     return (height - h) / 2, (width - w) / 2, h, w
+
+
+def view_reduction(width: int, height: int, augment: AugmentConfig, img_size: int) -> int:
+    """1, 2, 4 or 8: by how much an image may be smaller before a view has less detail.
+
+    That is as long as the smallest crop still has S pixels a side, so that no view is enlarged
+    which would not have been. A function of the image's size and the settings alone: what a batch
+    holds depends on nothing else.
+    """
+    low, high = augment.ratio
+    smallest = math.sqrt(augment.scale[0] * width * height * min(low, 1 / high))
+    return _reduction(width, height, min(smallest, width, height) / img_size)
+
+
+def eval_reduction(width: int, height: int, img_size: int) -> int:
+    """The same for `eval_pixels`, which takes the whole image at a short side of S * 256 / 224."""
+    return _reduction(width, height, min(width, height) / int(img_size * EVAL_RESIZE))
+
+
+def _reduction(width: int, height: int, most: float) -> int:
+    """The largest factor up to `most` that divides both sides: else the picture would shift."""
+    factors = (f for f in (8, 4, 2) if f <= most and width % f == height % f == 0)
+    return next(factors, 1)
 
 
 def image_views(

@@ -5,21 +5,26 @@ number of ranks and where a run was resumed change nothing.
 """
 
 import logging
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from maect_fast.config import AugmentConfig, ConfigError
 from maect_fast.data.augment import (
@@ -27,15 +32,19 @@ from maect_fast.data.augment import (
     bytes_to_normalized,
     draw,
     eval_pixels,
+    eval_reduction,
     finish_views,
     image_views,
     num_draws,
     tensor_views,
     to_normalized,
+    view_reduction,
 )
 from maect_fast.data.feed import Feed
-from maect_fast.data.sources import Source, TensorSource
+from maect_fast.data.sources import Reduction, Source, TensorSource, UnfitImageError
+from maect_fast.errors import UserError
 from maect_fast.kernels._common.philox import MASK32, philox4x32
+from maect_fast.names import listed, one_line, printable
 
 __all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches"]
 
@@ -47,8 +56,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 1.0
 
 
-class DataError(RuntimeError):
-    """More images cannot be read than `data.max_broken` allows; the message names them."""
+# Where workers put their batches, on Linux.
+SHARED_MEMORY = Path("/dev/shm")
+# The DataLoader's own default, of batches that a worker is ahead.
+PREFETCH = 2
+
+
+class DataError(UserError, RuntimeError):
+    """Images that cannot be had.
+
+    More cannot be read than `data.max_broken` allows, and the message names them; or the workers
+    that read them have ended.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,14 @@ class Batch:
     """[n] int64; -1 = no label."""
 
 
+class Broken(NamedTuple):
+    """Why an image cannot be read."""
+
+    kind: str
+    """In a word or two, the same for all of its kind."""
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Item:
     """What a worker hands over for one batch."""
@@ -72,8 +99,8 @@ class _Item:
     fp32. Void if too many are broken."""
     sample_id: Tensor
     """[n] int64, the images really shown."""
-    broken: dict[int, str]
-    """Index and reason of each image that could not be read."""
+    broken: dict[int, Broken]
+    """By index, why an image could not be read."""
 
     def pin_memory(self) -> "_Item":
         """The same in pinned memory; called by the DataLoader."""
@@ -110,17 +137,18 @@ class _TrainingBatches(Dataset[_Item]):
         # A quarter of the bytes, to the main process and to the device, where the rest is done.
         stays_bytes = not self.augment.contrast and not self.augment.noise
         dtype = torch.uint8 if stays_bytes else torch.float32
-        views = torch.empty(self.num_views, len(indices), C, S, S, dtype=dtype)
+        views = _empty(self.num_views, len(indices), C, S, S, dtype=dtype)
         ids = list(indices)
-        broken: dict[int, str] = {}
+        broken: dict[int, Broken] = {}
         draws = self._draws(ids, epoch, NOISE)
+        reduction = partial(view_reduction, augment=self.augment, img_size=S)
         for row, index in enumerate(indices):
-            image = _decode(self.source, index, broken)
+            image = _decode(self.source, index, reduction, broken)
             while image is None:
                 if len(broken) > self.max_broken:
-                    return _Item(views, torch.tensor(ids), broken)
+                    return _Item(views, _ids(ids), broken)
                 ids[row] = (ids[row] + 1) % len(self.source)
-                image = _decode(self.source, ids[row], broken)
+                image = _decode(self.source, ids[row], reduction, broken)
             own = draws[:, row : row + 1]
             if self.augment.noise or ids[row] != index:
                 own = self._draws([ids[row]], epoch, num_draws(self.augment, C * S * S))
@@ -130,7 +158,7 @@ class _TrainingBatches(Dataset[_Item]):
                 continue
             # One image at a time stays in the cache.
             views[:, row] = finish_views(_to_float(pixels)[:, None], own, self.augment)[:, 0]
-        return _Item(views, torch.tensor(ids), broken)
+        return _Item(views, _ids(ids), broken)
 
     def _draws(self, ids: list[int], epoch: int, num: int) -> Tensor:
         return draw(self.seed, torch.tensor(ids), epoch=epoch, num_views=self.num_views, num=num)
@@ -146,26 +174,60 @@ class _EvaluationBatches(Dataset[_Item]):
 
     def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
         S, C = self.img_size, self.source.in_chans
-        images = torch.empty(len(key[1]), C, S, S)
+        images = _empty(len(key[1]), C, S, S, dtype=torch.float32)
         ids: list[int] = []
-        broken: dict[int, str] = {}
+        broken: dict[int, Broken] = {}
+        reduction = partial(eval_reduction, img_size=S)
         for index in key[1]:
-            image = _decode(self.source, index, broken)
+            image = _decode(self.source, index, reduction, broken)
             if image is not None:
                 pixels = _to_float(eval_pixels(image, S))
                 images[len(ids)] = to_normalized(pixels, self.augment)
                 ids.append(index)
-        return _Item(images[: len(ids)], torch.tensor(ids, dtype=torch.int64), broken)
+        return _Item(images[: len(ids)], _ids(ids), broken)
 
 
-def _decode(source: Source, index: int, broken: dict[int, str]) -> Image.Image | None:
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor to fill; in a worker in shared memory, where it has to go.
+
+    Left to the queue's thread, the move costs a copy, and where the memory is full the batch is
+    lost and the main process waits for it for ever.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
+    return torch.tensor([], dtype=dtype).set_(storage).view(shape)
+
+
+def _ids(ids: list[int]) -> Tensor:
+    return _empty(len(ids), dtype=torch.int64).copy_(torch.tensor(ids, dtype=torch.int64))
+
+
+def _decode(
+    source: Source, index: int, reduction: Reduction, broken: dict[int, Broken]
+) -> Image.Image | None:
     """Image `index`, or None and an entry in `broken` when it cannot be read."""
     try:
-        return source.decode(index)
+        return source.decode(index, reduction)
     # Pillow has no common base for what it raises on a damaged file.
     except Exception as error:
-        broken[index] = f"{type(error).__name__}: {error}"
+        broken[index] = _broken(error)
         return None
+
+
+def _broken(error: Exception) -> Broken:
+    if isinstance(error, UnfitImageError):
+        return Broken(error.kind, str(error))
+    if isinstance(error, UnidentifiedImageError):
+        return Broken("no image", "it begins like none")
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return Broken("too large", reason)
+    # What the system says has a number, what Pillow says has none.
+    if isinstance(error, OSError) and error.errno is not None:
+        return Broken("not to be opened", error.strerror or reason)
+    return Broken("damaged", reason)
 
 
 def _to_float(pixels: NDArray[np.uint8]) -> Tensor:
@@ -174,28 +236,47 @@ def _to_float(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 class _BrokenImages:
-    """Counts the distinct images that cannot be read, names each once, stops at the limit."""
+    """Counts the distinct images that cannot be read, tells them by kind, stops at the limit."""
 
     def __init__(self, source: Source, limit: int) -> None:
         self.source = source
         # At least one image must be left to stand in for the others.
         self.limit = min(limit, len(source) - 1)
-        self.reasons: dict[int, str] = {}
+        self.found: dict[int, Broken] = {}
+        self.told = 0
 
-    def add(self, broken: dict[int, str]) -> None:
-        for index, reason in broken.items():
-            if index not in self.reasons:
-                self.reasons[index] = reason
-                logger.warning("skipped %s: %s", self.source.name(index), reason)
-        if len(self.reasons) > self.limit:
+    def add(self, broken: dict[int, Broken]) -> None:
+        self.found |= broken
+        if len(self.found) > self.limit:
+            count = len(self.found)
+            # The message says it all; `tell` would say it again.
+            self.told = count
             raise DataError(
-                f"{len(self.reasons)} images cannot be read, at most {self.limit} may be"
-                " (data.max_broken): "
-                + "; ".join(f"{self.source.name(i)} ({why})" for i, why in self.reasons.items())
+                f"{count} images cannot be read, at most {self.limit} may be (data.max_broken): "
+                + "; ".join(self._kinds())
             )
 
+    def tell(self) -> None:
+        """One line per kind, if there is a new image since the last time."""
+        if len(self.found) > self.told:
+            self.told = len(self.found)
+            for line in self._kinds():
+                logger.warning("skipped %s", line)
+
+    def _kinds(self) -> list[str]:
+        kinds = sorted({broken.kind for broken in self.found.values()})
+        return [self._line(kind) for kind in kinds]
+
+    def _line(self, kind: str) -> str:
+        of_kind = [
+            f"{printable(self.source.name(index))} ({broken.reason})"
+            for index, broken in sorted(self.found.items())
+            if broken.kind == kind
+        ]
+        return f"{len(of_kind)} ({kind}): {listed(of_kind)}"
+
     def names(self) -> list[str]:
-        return [self.source.name(index) for index in self.reasons]
+        return [self.source.name(index) for index in self.found]
 
 
 class Loader:
@@ -262,6 +343,7 @@ class Loader:
             _TrainingBatches(source, augment, img_size, num_views, seed, self._broken.limit),
             self._schedule,
             workers=0 if self._images is not None else workers,
+            batch_bytes=4 * num_views * batch_size // world_size * source.in_chans * img_size**2,
             persistent=True,
         )
 
@@ -274,6 +356,14 @@ class Loader:
     def broken(self) -> list[str]:
         """The images that this rank could not read so far."""
         return self._broken.names()
+
+    def close(self) -> None:
+        """End the workers now, also one that waits for a file system which does not answer."""
+        workers = getattr(self._decoded._iterator, "_workers", [])
+        for worker in workers:
+            # The DataLoader would wait five seconds for each before it comes to this.
+            worker.terminate()
+        self._decoded._iterator = None
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from batch number `start` on; one pass at a time.
@@ -316,9 +406,12 @@ class Loader:
 
     def _from_workers(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, ...]]:
         self._schedule.items = [(epoch, part.tolist()) for part in parts]
-        for item in self._decoded:
-            self._broken.add(item.broken)
-            yield item.pixels, item.sample_id, self.source.labels[item.sample_id]
+        try:
+            for item in _items(self._decoded):
+                self._broken.add(item.broken)
+                yield item.pixels, item.sample_id, self.source.labels[item.sample_id]
+        finally:
+            self._broken.tell()
 
 
 class EvalBatches:
@@ -346,13 +439,14 @@ class EvalBatches:
             _EvaluationBatches(source, augment, img_size),
             schedule,
             workers=0 if isinstance(source, TensorSource) else workers,
+            batch_bytes=4 * batch_size * source.in_chans * img_size**2,
             persistent=False,
         )
 
     @property
     def skipped(self) -> list[int]:
         """Indices of the unreadable images left out; complete after a full pass."""
-        return sorted(self._broken.reasons)
+        return sorted(self._broken.found)
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
@@ -361,10 +455,13 @@ class EvalBatches:
         if isinstance(self.source, TensorSource):
             yield from self._in_memory(self.source)
             return
-        for item in self._decoded:
-            self._broken.add(item.broken)
-            if len(item.sample_id):
-                yield item.pixels, self.source.labels[item.sample_id]
+        try:
+            for item in _items(self._decoded):
+                self._broken.add(item.broken)
+                if len(item.sample_id):
+                    yield item.pixels, self.source.labels[item.sample_id]
+        finally:
+            self._broken.tell()
 
     def _in_memory(self, source: TensorSource) -> Iterator[tuple[Tensor, Tensor]]:
         parts = zip(
@@ -389,8 +486,8 @@ def eval_batches(
 
     Files are resized to a short side of img_size * 256 / 224 (bicubic) and the middle is cut out;
     images in memory are taken as they are. Both are normalised with the mean and std of `augment`.
-    An image that cannot be read is left out and named in the log; `EvalBatches.skipped` has its
-    index.
+    An image that cannot be read is left out, and the log has a line for each kind of them at the
+    end; `EvalBatches.skipped` has their indices.
 
     Raises:
         DataError: while iterating, when more than `max_broken` images cannot be read.
@@ -412,14 +509,53 @@ def permutation(num_images: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(int(word)))
 
 
+def _items(decoded: DataLoader[_Item]) -> Iterator[_Item]:
+    """What the workers hand over; their end, or that of their memory, in one line."""
+    try:
+        yield from decoded
+    except RuntimeError as error:
+        what = str(error).strip().splitlines()[-1]
+        if "DataLoader worker" not in what and "shared memory" not in what:
+            raise
+        room = ""
+        if SHARED_MEMORY.is_dir():
+            total, _, free = shutil.disk_usage(SHARED_MEMORY)
+            room = f" ({SHARED_MEMORY} has {free / 2**20:.0f} of {total / 2**20:.0f} MiB free)"
+        raise DataError(
+            f"a worker that reads images ended: {what}{room}; lower data.workers, or give "
+            f"{SHARED_MEMORY} and the process more memory"
+        ) from error
+
+
+def _check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Refuse workers whose batches do not fit where they have to go."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    # Those that workers are ahead, the one that is used and the one that is on its way.
+    needed = (PREFETCH * workers + 2) * batch_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise ConfigError(
+            f"data.workers: the batches of {workers} workers take {needed / 2**20:.0f} MiB of "
+            f"{SHARED_MEMORY}, which has {free / 2**20:.0f} MiB free; lower data.workers "
+            "(0 takes none) or make it larger (docker run --shm-size)"
+        )
+
+
 def _data_loader(
-    dataset: Dataset[_Item], schedule: _Schedule, *, workers: int, persistent: bool
+    dataset: Dataset[_Item],
+    schedule: _Schedule,
+    *,
+    workers: int,
+    batch_bytes: int,
+    persistent: bool,
 ) -> DataLoader[_Item]:
     """A DataLoader whose items are whole batches, each made by one worker."""
     # More processes than cores only take turns, and torch warns of them.
     workers = min(workers, _num_cores())
     context = None
     if workers:
+        _check_shared_memory(workers, batch_bytes)
         # Forking this process would copy its locks, of CUDA and of OpenMP among others, in whatever
         # state they are. The fork server imports what follows once, so that a worker starts in
         # milliseconds all the same.
@@ -431,6 +567,7 @@ def _data_loader(
         batch_size=None,
         sampler=schedule,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_init_worker,
         multiprocessing_context=context,

@@ -22,10 +22,18 @@ from maect_fast.evaluation.figures import (
     plot_tsne,
 )
 from maect_fast.evaluation.report import format_table, write_report
-from maect_fast.evaluation.runs import load_run, run_encoder, run_pretrain_model, split_features
+from maect_fast.evaluation.runs import (
+    check_run,
+    load_run,
+    run_encoder,
+    run_pretrain_model,
+    split_features,
+)
 from maect_fast.models.encoder import Encoder
 from maect_fast.models.maect import PretrainModel
+from maect_fast.names import printable
 from maect_fast.training.log import read_metrics
+from maect_fast.training.run_directory import check_writable
 
 __all__ = ["Measured", "Subject", "compare_runs", "draw", "measure"]
 
@@ -70,25 +78,30 @@ def compare_runs(
 ) -> str:
     """Evaluate run directories, write the report to `out`, return the table as text.
 
-    In the pictures the first run is "before" and the last one "after".
+    In the pictures the first run is "before" and the last one "after". Runs, images and `out` are
+    looked at before anything is computed.
     """
+    titles = _titles(runs)
+    for run in runs:
+        check_run(run, overrides, "train", "test")
+    check_writable(out)
     subjects, measured = {}, {}
     pretrained = None
-    for run, title in zip(runs, _titles(runs), strict=True):
+    for run, title in zip(runs, titles, strict=True):
         config, state = load_run(run, overrides)
         name = f"{title} ({config.stage})"
         subjects[name] = Subject(config, run_encoder(config, state))
         try:
             measured[name] = measure(subjects[name], methods=methods, seed=seed)
         except ValueError as error:
-            raise ConfigError(f"{run}: {error}") from error
+            raise ConfigError(f"{printable(run)}: {error}") from error
         if config.stage == "pretrain" and pretrained is None:
             pretrained = run_pretrain_model(config, state)
     rows = {name: result.metrics for name, result in measured.items()}
-    curves = {title: read_metrics(run) for run, title in zip(runs, _titles(runs), strict=True)}
+    curves = {title: read_metrics(run) for run, title in zip(runs, titles, strict=True)}
     figures = draw(curves, subjects, measured, pretrained=pretrained, seed=seed)
     path = write_report(out, title="Evaluation", tables={"Metrics": rows}, figures=figures)
-    return f"{format_table(rows)}\n\nreport: {path}"
+    return f"{format_table(rows)}\n\nreport: {printable(path)}"
 
 
 def _titles(runs: Sequence[Path]) -> list[str]:

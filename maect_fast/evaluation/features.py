@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from maect_fast.checkpoint import write_atomically
 from maect_fast.data import Feed
 from maect_fast.models.encoder import pooled_features
+from maect_fast.names import printable, shortened
+from maect_fast.tensor_file import read_tensor_file
 
 __all__ = [
     "Features",
@@ -175,11 +177,15 @@ def load_features(path: Path) -> Features:
     """Read what `save_features` wrote.
 
     Raises:
-        ValueError: the file holds other tensors.
+        ValueError: the file is not readable, or holds other tensors.
     """
-    tensors = load_file(path)
+    try:
+        tensors = read_tensor_file(path)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}") from error
     if set(tensors) != {"x", "label"}:
-        raise ValueError(f"{path}: expected the tensors x and label, got {sorted(tensors)}")
+        found = shortened(sorted(tensors), 200)
+        raise ValueError(f"{printable(path)}: expected the tensors x and label, got {found}")
     return Features(x=tensors["x"], label=tensors["label"])
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
 
 from maect_fast.evaluation.clustering import kmeans, match_clusters
 from maect_fast.evaluation.features import Features
+from maect_fast.names import mathless
 
 __all__ = ["plot_attention", "plot_confusion", "plot_curves", "plot_reconstructions", "plot_tsne"]
 
@@ -59,7 +61,7 @@ def plot_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     figure = _figure(3.2 * len(stages) + 0.6, 1.9 * len(found) + 0.6)
     axes = figure.subplots(len(found), len(stages), squeeze=False, sharex="col")
     for column, (title, lines) in enumerate(stages.items()):
-        axes[0, column].set_title(title)
+        axes[0, column].set_title(mathless(title))
         axes[-1, column].set_xlabel("epoch")
         for row, key in enumerate(found):
             ax = axes[row, column]
@@ -111,6 +113,7 @@ def plot_tsne(
     figure = _figure(4.6 * len(panels), 5.1)
     figure.suptitle(f"t-SNE of {len(rows):,} images by cosine")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    groups: dict[int, PathCollection] = {}
     for ax, (title, features) in zip(axes, panels.items(), strict=True):
         # A perplexity above a third of the points has no meaning; cosine is what k-NN and k-means
         # use.
@@ -118,16 +121,20 @@ def plot_tsne(
             perplexity=min(30.0, len(rows) / 4), metric="cosine", init="pca", random_state=seed
         )
         points = embedding.fit_transform(features.x[rows].numpy())
-        _scatter(ax, points, first.label[rows].numpy(), class_names)
-        ax.set_title(title)
+        groups = _scatter(ax, points, first.label[rows].numpy())
+        ax.set_title(mathless(title))
         ax.set_xticks([])
         ax.set_yticks([])
         ax.set_xlabel("t-SNE 1")
         ax.set_ylabel("t-SNE 2")
-    handles, names = axes[0].get_legend_handles_labels()
-    if 1 < len(names) <= MAX_CLASSES:
+    if 1 < len(groups) <= MAX_CLASSES:
         style = {"ncols": 10, "frameon": False, "handletextpad": 0.1, "columnspacing": 1.2}
-        figure.legend(handles, names, loc="outside lower center", **style)
+        legend = figure.legend(
+            groups.values(), map(str, groups), loc="outside lower center", **style
+        )
+        # Set afterwards: a label that begins with an underscore would be left out.
+        for text, number in zip(legend.get_texts(), groups, strict=True):
+            text.set_text(_name(number, class_names))
     return figure
 
 
@@ -238,14 +245,13 @@ def _curve(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _scatter(ax: Axes, points: Array, label: Array, class_names: Sequence[str]) -> None:
-    """One colour and marker per class."""
+def _scatter(ax: Axes, points: Array, label: Array) -> dict[int, PathCollection]:
+    """One colour and marker per class; what was drawn, by label."""
+    drawn = {}
     for number, colour, marker in _styles(label):
-        chosen = points[label == number]
-        name = _name(number, class_names)
-        ax.scatter(
-            chosen[:, 0], chosen[:, 1], s=14, c=colour, marker=marker, linewidths=0, label=name
-        )
+        x, y = points[label == number].T
+        drawn[number] = ax.scatter(x, y, s=14, c=colour, marker=marker, linewidths=0)
+    return drawn
 
 
 def _styles(label: Array) -> Iterator[tuple[int, str, str]]:
@@ -260,7 +266,7 @@ def _styles(label: Array) -> Iterator[tuple[int, str, str]]:
 def _name(number: int, class_names: Sequence[str]) -> str:
     if number < 0:
         return "no label"
-    return class_names[number] if number < len(class_names) else str(number)
+    return mathless(class_names[number]) if number < len(class_names) else str(number)
 
 
 def _show(ax: Axes, picture: Array) -> None:

@@ -43,9 +43,11 @@ def knn_predict(
         [M] int64 on the CPU. Equal votes go to the smaller class.
 
     Raises:
-        ValueError: `k` is below 1 or above the gallery's size, a gallery row has no label, or D
-            differs.
+        ValueError: `k` is below 1 or above the gallery's size, the temperature is not above 0, a
+            gallery row has no label, or D differs.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected above 0, got {temperature}")
     if not 1 <= k <= len(train):
         raise ValueError(f"k: expected 1 to {len(train)} (rows of the gallery), got {k}")
     if bool((train.label < 0).any()):
@@ -62,8 +64,10 @@ def knn_predict(
     predicted = []
     for rows in torch.split(query, QUERY_ROWS):
         found = queue_topk((rows.to(device) - mean) / divisor, gallery, k=k)
+        # Against the nearest row, or a small temperature overflows: a common factor of the votes.
+        weight = ((found.values - found.values[:, :1]) / temperature).exp()
         votes = gallery.new_zeros(len(rows), num_classes)
-        votes.scatter_add_(1, label[found.indices], (found.values / temperature).exp())
+        votes.scatter_add_(1, label[found.indices], weight)
         predicted.append(votes.argmax(dim=1).cpu())
     return torch.cat(predicted)
 

@@ -5,12 +5,14 @@ import html
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from maect_fast.checkpoint import write_atomically
+from maect_fast.names import markdown, printable
 
 __all__ = ["METRICS", "Rows", "format_table", "write_report"]
 
@@ -47,12 +49,17 @@ Rows = Mapping[str, Mapping[str, float]]
 """A table's values by row name and metric; `<metric>_std` is the spread of `<metric>`."""
 
 
-def format_table(rows: Rows) -> str:
-    """The table as Markdown with aligned columns, which also reads well in a terminal."""
+def format_table(rows: Rows, show: Callable[[str], str] = printable) -> str:
+    """The table with aligned columns, which reads well in a terminal.
+
+    Args:
+        rows: the values.
+        show: what to make of names; `markdown` makes the whole Markdown.
+    """
     keys = _columns(rows)
-    lines = [["", *(METRICS.get(key, key) for key in keys)]]
+    lines = [["", *(show(METRICS.get(key, key)) for key in keys)]]
     for name, row in rows.items():
-        lines.append([name, *(" ".join(_cell(row, key)) for key in keys)])
+        lines.append([show(name), *(" ".join(_cell(row, key)) for key in keys)])
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(keys) + 1)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     text = []
@@ -105,11 +112,12 @@ def write_report(
         "figures": files,
     }
     # Not finite means that something upstream failed, and NaN is not JSON.
-    document = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    document = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (out_dir / "figures").mkdir(parents=True, exist_ok=True)
     for heading, file in files.items():
         _write(out_dir / file, pictures[heading])
-    _write(out_dir / "report.json", f"{document}\n".encode())
+    # Of a name's bytes that are not UTF-8 this makes the escapes that JSON has for them.
+    _write(out_dir / "report.json", document.encode(errors="backslashreplace"))
     _write(out_dir / "report.md", _markdown(title, tables, files, notes).encode())
     path = out_dir / "report.html"
     _write(path, _html(title, tables, pictures, notes).encode())
@@ -119,38 +127,42 @@ def write_report(
 def _markdown(
     title: str, tables: Mapping[str, Rows], files: Mapping[str, str], notes: Sequence[str]
 ) -> str:
-    parts = [f"# {title}"]
+    parts = [f"# {markdown(title)}"]
     for heading, rows in tables.items():
-        parts += [f"## {heading}", format_table(rows)]
-    parts += notes
+        parts += [f"## {markdown(heading)}", format_table(rows, markdown)]
+    parts += [markdown(note) for note in notes]
     for heading, file in files.items():
-        parts += [f"## {heading}", f"![{heading}]({file})"]
+        parts += [f"## {markdown(heading)}", f"![{markdown(heading)}]({file})"]
     return "\n\n".join(parts) + "\n"
 
 
 def _html(
     title: str, tables: Mapping[str, Rows], pictures: Mapping[str, bytes], notes: Sequence[str]
 ) -> str:
-    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts = [f"<h1>{_escaped(title)}</h1>"]
     for heading, rows in tables.items():
-        parts += [f"<h2>{html.escape(heading)}</h2>", _html_table(rows)]
-    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
+        parts += [f"<h2>{_escaped(heading)}</h2>", _html_table(rows)]
+    parts += [f"<p>{_escaped(note)}</p>" for note in notes]
     for heading, png in pictures.items():
-        name = html.escape(heading)
+        name = _escaped(heading)
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         parts += [f"<h2>{name}</h2>", f'<figure><img alt="{name}" src="{source}"></figure>']
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"<title>{_escaped(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
 
 
+def _escaped(name: str) -> str:
+    return html.escape(printable(name))
+
+
 def _html_table(rows: Rows) -> str:
     keys = _columns(rows)
-    head = "".join(f"<th>{html.escape(METRICS.get(key, key))}</th>" for key in keys)
+    head = "".join(f"<th>{_escaped(METRICS.get(key, key))}</th>" for key in keys)
     lines = [f"<thead><tr><th></th>{head}</tr></thead><tbody>"]
     for name, row in rows.items():
         cells = []
@@ -161,7 +173,7 @@ def _html_table(rows: Rows) -> str:
             if spread:
                 value += f' <span class="spread">{spread[0]}</span>'
             cells.append(f"<td>{value}</td>")
-        lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
+        lines.append(f"<tr><td>{_escaped(name)}</td>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</tbody></table></div>'
 
 
@@ -187,12 +199,17 @@ def _cell(row: Mapping[str, float], key: str) -> list[str]:
 
 
 def _slug(heading: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "figure"
+    slug = re.sub(r"[^a-z0-9]+", "-", heading.lower())
+    # A file name has at most 255 bytes.
+    return slug[:100].strip("-") or "figure"
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        # A letter that the font lacks is a box, of which there is a warning each.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 

@@ -19,7 +19,7 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from maect_fast.attention import FusedAttention
+from maect_fast.attention import FusedAttention, is_bare
 from maect_fast.block import FusedBlock, Stream, normed, obstacle, run_blocks
 from maect_fast.config import EncoderConfig
 from maect_fast.fuse import fuse
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         # The bias keeps Conv2d's default, as in both official programs.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.detach().flatten(1))
 
-    def freeze(self, num_blocks: int | None) -> None:
+    def freeze(self, num_blocks: int | None, *, int8: bool = False) -> None:
         """Stop the training of the lowest layers, and of those only.
 
         Frozen layers run without autograd and in eval mode, whatever `train()` says.
@@ -94,6 +94,8 @@ class Encoder(nn.Module):
         Args:
             num_blocks: 0 freezes nothing; k the stem (patch_embed, cls_token) and blocks[:k]; None
                 everything including the final norm.
+            int8: their blocks multiply in int8; where the last one is computed for the class token
+                alone, it does not.
 
         Raises:
             ValueError: there are fewer blocks.
@@ -105,6 +107,9 @@ class Encoder(nn.Module):
         self.cls_token.requires_grad_(self.num_frozen == 0)
         for module in self._frozen_modules():
             module.requires_grad_(False)
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
+            block.is_int8 = int8 and i < self.num_frozen
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -212,6 +217,8 @@ class Encoder(nn.Module):
         """Some blocks, the last one for the class token alone where no more is asked for."""
         if not class_token_only or not blocks or blocks[-1] is not self.blocks[-1]:
             return run_blocks(blocks, stream)
+        if not _can_skip_tokens(blocks[-1]):
+            return Stream(run_blocks(blocks, stream).added()[:, :1])
         return Stream(_first_token(blocks[-1], run_blocks(blocks[:-1], stream)))
 
     def _frozen_modules(self) -> list[nn.Module]:
@@ -230,18 +237,17 @@ def _is_plain_patch_embed(module: nn.Module) -> bool:
         geometry == (proj.kernel_size, (0, 0), (1, 1), 1)
         and module.flatten
         and isinstance(module.norm, nn.Identity)
-        and not any(_is_changed(part) for part in (module, proj, module.norm))
+        and all(is_bare(part) for part in (module, proj, module.norm))
     )
 
 
-def _is_changed(module: nn.Module) -> bool:
-    """Whether calling it runs more than, or something else than, its class's `forward`."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return (
-        "forward" in vars(module)
-        or module._compiled_call_impl is not None
-        or any(getattr(module, name) for name in hooks)
-    )
+def _can_skip_tokens(block: nn.Module) -> bool:
+    """Whether the block computes timm's `Block`, and nobody watches or changes what it skips."""
+    if type(block) not in (Block, FusedBlock) or not is_bare(block):
+        return False
+    attn = block.attn
+    # Any other attention is called as a module, whole.
+    return not isinstance(attn, FusedAttention) or (is_bare(attn) and attn.has_first_token)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -105,10 +105,13 @@ class NNCLRHead(nn.Module):
             list(self.projector.parameters()),
             1 - self.target_ema,
         )
-        for target, source in zip(
-            self.target_projector.buffers(), self.projector.buffers(), strict=True
-        ):
-            target.copy_(source)
+        targets, sources = list(self.target_projector.buffers()), list(self.projector.buffers())
+        for dtype in dict.fromkeys(source.dtype for source in sources):
+            # Of one dtype they are one launch.
+            torch._foreach_copy_(
+                [target for target in targets if target.dtype == dtype],
+                [source for source in sources if source.dtype == dtype],
+            )
 
     def start_target(self) -> None:
         """Make the target a copy of the projector: at the start of stage 3, not on resume."""

@@ -195,8 +195,7 @@ class ContrastiveModel(nn.Module):
             "loss" and the signals of `NNCLROutput`, 0-d; with a decoder also "contrastive" and
             "reconstruction".
         """
-        pooled = self._pooled(views.flatten(0, 1), _chunk_rows(self, views))  # [V * n, D] fp32
-        pooled = pooled.view(*views.shape[:2], -1)
+        pooled = self.pooled(views).view(*views.shape[:2], -1)  # [V, n, D] fp32
         outputs: dict[str, Tensor] = self.head(
             pooled, step=step, sample_id=sample_id, label=label
         )._asdict()
@@ -210,8 +209,8 @@ class ContrastiveModel(nn.Module):
             "reconstruction": reconstruction.detach(),
         }
 
-    def _pooled(self, images: Tensor, chunk_rows: int | None) -> Tensor:
-        """Features [B, D] of images [B, C, H, W]."""
+    def pooled(self, views: Tensor) -> Tensor:
+        """What enters the head, [V * n, D], of views [V, n, C, H, W]."""
         encoder, first_only = self.encoder, self.pooling == "class_token"
 
         def keep(images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -220,6 +219,7 @@ class ContrastiveModel(nn.Module):
         def run(images: Tensor, trunk: Tensor | None) -> Tensor:
             return pool(encoder(images, class_token_only=first_only, trunk=trunk), self.pooling)
 
+        images, chunk_rows = views.flatten(0, 1), _chunk_rows(self, views)
         return in_chunks(keep, run, [images], encoder.parameters(), size=chunk_rows)
 
 
@@ -318,7 +318,12 @@ def _check_mask_ratio(mask_ratio: float, encoder: Encoder) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draw initial weights from `seed` and leave torch's CPU generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+    """Draw initial weights from `seed`, in fp32, and leave torch's CPU generator as it was."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

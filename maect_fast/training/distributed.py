@@ -6,15 +6,17 @@ DDP averages gradients over ranks, so a differentiable sum over ranks has the su
 backward; then one process with a batch of 2n and two with n each take the same step.
 """
 
-import datetime
 import os
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from maect_fast.config import ConfigError
 from maect_fast.kernels._common.collectives import all_gather_rows, all_reduce_sum
+from maect_fast.training.ranks import TIMEOUT, RankWatch, join_ranks, read_place
 
 __all__ = [
     "SyncBatchNorm1d",
@@ -25,8 +27,13 @@ __all__ = [
     "resolve_device",
 ]
 
-# A rank may wait this long for the others, e.g. while rank 0 writes a checkpoint or a report.
-TIMEOUT = datetime.timedelta(minutes=30)
+# NCCL's own watchdogs would kill every rank whose peer is gone, with C++ stacks and before
+# `RankWatch` can name that peer.
+NCCL_LEAVES_IT_TO_US = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_LOG_CPP_STACK_ON_UNCLEAN_SHUTDOWN": "0",
+}
 # Of the running statistics, torch's default.
 MOMENTUM = 0.1
 
@@ -45,49 +52,83 @@ class World:
     """All ranks, or None for a single process."""
     device: torch.device
     """Where this rank computes."""
+    watch: RankWatch | None = field(default=None, compare=False, repr=False)
+    """Of the other ranks, if there are any."""
+
+    def beat(self, update: int) -> None:
+        """`update` updates are done; the next should follow within the watch's patience."""
+        if self.watch is not None:
+            self.watch.beat(update)
+
+    def rest(self) -> None:
+        """Until the next `beat`, this rank may take as long as it likes."""
+        if self.watch is not None:
+            self.watch.rest()
 
 
 def resolve_device(device: str) -> torch.device:
     """The device that "auto", "cpu" or "cuda" means here: auto is CUDA where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: expected cpu or auto where torch finds no GPU, got cuda")
     return torch.device(device)
 
 
 def init_world(device: str) -> World:
     """Join the ranks that torchrun started; without torchrun, a world of one.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK; torch reads MASTER_ADDR and MASTER_PORT. A second call
-    gives the same world.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A second call gives the same
+    world.
 
     Args:
         device: "auto", "cpu" (gloo) or "cuda" (NCCL, one GPU per local rank).
+
+    Raises:
+        ConfigError: an environment that no launcher sets, or more local ranks than GPUs.
     """
-    place = resolve_device(device)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if place.type == "cuda":
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return World(rank=0, size=1, local_rank=local_rank, group=None, device=place)
-    if not dist.is_initialized():
-        cuda = place.type == "cuda"
+    watch, place, where = join_ranks(), read_place(), resolve_device(device)
+    cuda = where.type == "cuda"
+    if cuda:
+        num_gpus = torch.cuda.device_count()
+        if place.local_rank >= num_gpus:
+            raise ConfigError(
+                f"LOCAL_RANK: expected a GPU for each process, {socket.gethostname()} has "
+                f"{num_gpus}, got {place.local_rank}; lower torchrun's --nproc-per-node"
+            )
+        where = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(where)
+    if watch is not None and not dist.is_initialized():
+        if cuda:
+            os.environ.update(NCCL_LEAVES_IT_TO_US)
         dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=place if cuda else None
+            "nccl" if cuda else "gloo",
+            store=watch.group_store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=TIMEOUT,
+            device_id=where if cuda else None,
         )
+        watch.group = dist.group.WORLD
     return World(
-        rank=dist.get_rank(),
-        size=dist.get_world_size(),
-        local_rank=local_rank,
-        group=dist.group.WORLD,
-        device=place,
+        rank=place.rank,
+        size=place.size,
+        local_rank=place.local_rank,
+        group=None if watch is None else dist.group.WORLD,
+        device=where,
+        watch=watch,
     )
 
 
 def close_world() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group and the other ranks, if there are any."""
+    if not dist.is_initialized():
+        return
+    watch = join_ranks()
+    dist.destroy_process_group()
+    if watch is not None:
+        watch.close()
+        join_ranks.cache_clear()
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):

@@ -11,25 +11,44 @@ from tqdm import tqdm
 
 from maect_fast.checkpoint import write_atomically
 
-__all__ = ["RunLog", "read_metrics"]
+__all__ = ["METRICS", "RunLog", "read_metrics"]
+
+METRICS = "metrics.jsonl"
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-    path = folder / "metrics.jsonl"
+    """The lines of a run's metrics.jsonl that can be read; a kill may cut off the last one."""
+    return _read(folder / METRICS)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, float]], int]:
+    """The lines that hold metrics, and how many of the others are whole."""
     if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+        return [], 0
+    *lines, _ = path.read_text(errors="replace").split("\n")
+    found = [metrics for metrics in map(_parse, lines) if metrics is not None]
+    return found, len(lines) - len(found)
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    """The metrics of a line, None where it holds something else."""
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(metrics, dict) or not metrics.keys() >= {"update", "epoch", "loss"}:
+        return None
+    is_number = (type(value) in (int, float) for value in metrics.values())
+    return metrics if all(is_number) else None
 
 
 class RunLog:
     """Writes one run's metrics from update `start` of `total` on.
 
     A resumed run drops what an earlier process wrote beyond `start`, so that every update appears
-    once. `active=False` (ranks above 0) writes nothing.
+    once, and lines that are damaged. `active=False` (ranks above 0) writes nothing.
     """
 
     def __init__(self, folder: Path, *, title: str, start: int, total: int, active: bool = True):
@@ -39,8 +58,11 @@ class RunLog:
         # Takes seconds to import, and only this class needs it.
         from torch.utils.tensorboard import SummaryWriter
 
-        kept = [line for line in read_metrics(folder) if line["update"] <= start]
-        path = folder / "metrics.jsonl"
+        self.path = path = folder / METRICS
+        lines, num_damaged = _read(path)
+        if num_damaged:
+            print(f"{path}: {num_damaged} damaged lines were left out", file=sys.stderr)  # noqa: T201
+        kept = [line for line in lines if line["update"] <= start]
         text = "".join(f"{json.dumps(line)}\n" for line in kept)
         write_atomically(path, lambda temporary: temporary.write_text(text))
         self.title = title
@@ -76,8 +98,11 @@ class RunLog:
         """Record the averages since the last call; `metrics` holds update, epoch, loss, ..."""
         if not self.active:
             return
-        self.file.write(f"{json.dumps(metrics)}\n")
-        self.file.flush()
+        try:
+            self.file.write(f"{json.dumps(metrics)}\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         update = int(metrics["update"])
         for name, value in metrics.items():
             if name not in ("update", "epoch"):

@@ -31,6 +31,7 @@ FORWARD_BYTES = 24
 BACKWARD_BYTES = 30
 # Bound by the matrix rate, not by bytes.
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution}
+PRODUCTS.add(torch.ops.maect_fast.int8_linear)
 # Of a GPU's memory: 141 GB of an H200's 150.8, 80 of an H100's 85.5.
 USABLE = 0.935
 # Of the queue's rounded copy, fp16.
@@ -173,10 +174,11 @@ def plan_memory(config: Config, *, num_gpus: int = 1, device_type: str = "cuda")
     # Bytes of an image, and those that are there whatever the batch.
     slope = _Count(*((b - a) // 2 for a, b in zip(two, four, strict=True)))
     offset = _Count(*(2 * a - b for a, b in zip(two, four, strict=True)))
-    moved = slope.moved * num_images + offset.moved
+    # Frozen weights are converted once, not in every update.
+    moved = slope.moved * num_images + offset.moved - offset.moved_by_trunk
     # In prepare-head nothing but the head trains, and that is small.
     trains = any(parameter.requires_grad for parameter in encoder.parameters())
-    moved_once = slope.moved_by_trunk * num_images + offset.moved_by_trunk if trains else moved
+    moved_once = slope.moved_by_trunk * num_images if trains else moved
     masked = 0.0 if model.decoder is None else 1 - config.mask_ratio
     kept = slope.saved_by_head + round((1 + masked) * slope.trunk)
     return MemoryPlan(

@@ -6,12 +6,12 @@ Source: ml-jku/MAE-CT: optimizers/optimizer_wrapper.py, optimizers/param_group_m
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maect_fast.config import OptimConfig
 from maect_fast.models.encoder import Encoder
 
-__all__ = ["ParamGroup", "build_optimizer", "layer_scale", "param_groups", "set_lr"]
+__all__ = ["ParamGroup", "Rates", "build_optimizer", "layer_scale", "param_groups"]
 
 ParamGroup: TypeAlias = dict[str, Any]
 
@@ -76,15 +76,58 @@ def layer_scale(layer: str, depth: int, decay: float) -> float:
     return float(decay**exponent)
 
 
-def build_optimizer(groups: list[ParamGroup], optim: OptimConfig) -> torch.optim.AdamW:
-    """One AdamW over all groups, in torch's fused form."""
-    return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, which counts the steps of all groups in one launch instead of each."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have gradients."""
+        lists: list[tuple[list[Tensor], ...]] = []
+        for group in self.param_groups:
+            lists.append(([], [], [], [], [], []))
+            self._init_group(group, *lists[-1])  # type: ignore[no-untyped-call]
+        if steps := [step for *_, steps in lists for step in steps]:
+            torch._foreach_add_(steps, 1)
+        for group, tensors in zip(self.param_groups, lists, strict=True):
+            if tensors[0]:
+                torch._fused_adamw_(
+                    *tensors,
+                    amsgrad=group["amsgrad"],
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=group["maximize"],
+                )
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group its peak rate times the schedule's factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+def build_optimizer(groups: list[ParamGroup], optim: OptimConfig) -> AdamW:
+    """One AdamW over all groups."""
+    return AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+class Rates:
+    """Learning rates that lie on the device, where a CUDA graph reads them anew in each replay.
+
+    Args:
+        optimizer: whose groups have their peak rates as `base_lr`.
+        device: of the parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.optimizer = optimizer
+        peak = [group["base_lr"] for group in optimizer.param_groups]
+        self._peak = torch.tensor(peak, dtype=torch.float64, device=device)
+        # What torch's fused AdamW reads on the device; on a CPU it takes the number out.
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        self._rates = torch.empty_like(self._peak, dtype=dtype)
+
+    def set(self, factor: Tensor) -> None:
+        """Give every group its peak rate times the schedule's factor, 0-d fp64 on the device."""
+        torch.mul(self._peak, factor, out=self._rates)
+        for group, rate in zip(self.optimizer.param_groups, self._rates.unbind(), strict=True):
+            group["lr"] = rate
 
 
 def _layer(name: str) -> str | None:

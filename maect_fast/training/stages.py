@@ -9,13 +9,13 @@ Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: yamls/stage1_mae, stage2_*, s
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from maect_fast.checkpoint import CheckpointError, load_checkpoint
-from maect_fast.config import Config, ConfigError
+from maect_fast.config import Config, ConfigError, Stage
 from maect_fast.convert import load_encoder
 from maect_fast.models.maect import (
     ContrastiveModel,
@@ -23,18 +23,22 @@ from maect_fast.models.maect import (
     build_contrastive,
     build_pretrain,
 )
-from maect_fast.profiling import profile_range
+from maect_fast.names import one_line, printable, shortened
 from maect_fast.training.distributed import World
 from maect_fast.training.ema import EncoderEma
-from maect_fast.training.optim import build_optimizer, param_groups, set_lr
+from maect_fast.training.optim import build_optimizer, param_groups
 from maect_fast.training.schedule import warmup_cosine
 
 __all__ = [
     "StageModel",
     "StageState",
+    "autocast",
     "build_stage",
     "last_checkpoint",
+    "load_module",
+    "load_state",
     "matrix_dtype",
+    "part",
     "start_weights",
 ]
 
@@ -47,9 +51,52 @@ def matrix_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if use_bf16 else torch.float32
 
 
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The autocast of a forward pass."""
+    use_bf16 = matrix_dtype(config, device) == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16)
+
+
 def last_checkpoint(run: Path) -> Path:
     """The checkpoint from which a run continues, and which the next stage starts from."""
     return run / "checkpoints" / "last.pt"
+
+
+def load_state(run: Path) -> dict[str, Any]:
+    """The last checkpoint of a run, with every part of it there and of its kind.
+
+    Raises:
+        CheckpointError: there is none, or a part is missing or impossible; one line.
+    """
+    path = last_checkpoint(run)
+    state = load_checkpoint(path)
+    kinds = {
+        "stage": (str,),
+        "config": (dict,),
+        "update": (int,),
+        "total": (int,),
+        "model": (dict,),
+        "optimizer": (dict,),
+        "encoder_ema": (dict, type(None)),
+        "random_states": (list,),
+    }
+    for key, kind in kinds.items():
+        if key not in state:
+            raise CheckpointError(f"{printable(path)}: a checkpoint without {key}")
+        if type(state[key]) not in kind:
+            kinds_named = f"{type(state[key]).__name__}, expected {kind[0].__name__}"
+            raise CheckpointError(f"{printable(path)}: {key} is a {kinds_named}")
+    if state["stage"] not in get_args(Stage):
+        raise CheckpointError(f"{printable(path)}: there is no stage {shortened(state['stage'])}")
+    if not 0 <= state["update"] <= state["total"]:
+        raise CheckpointError(
+            f"{printable(path)}: update {state['update']} of {state['total']} cannot be"
+        )
+    for key in ("model", "encoder_ema"):
+        for name, value in (state[key] or {}).items():
+            if type(name) is not str or not isinstance(value, Tensor):
+                raise CheckpointError(f"{printable(path)}: {key}.{shortened(name)} is no tensor")
+    return state
 
 
 @dataclass(slots=True)
@@ -65,23 +112,17 @@ class StageState:
     update: int = 0
     """Updates done."""
 
-    def lr_factor(self) -> float:
-        """Schedule factor of the next update, in (0, 1]."""
+    def lr_factor(self, update: int) -> float:
+        """Schedule factor of an update, in (0, 1]."""
         warmup = int(self.config.optim.warmup * self.total)
-        return warmup_cosine(self.update, total=self.total, warmup=warmup)
+        return warmup_cosine(update, total=self.total, warmup=warmup)
 
-    def apply_gradients(self) -> None:
-        """One optimiser update at the scheduled rate, then both EMAs."""
-        with profile_range("optimiser"):
-            set_lr(self.optimizer, self.lr_factor())
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        with profile_range("EMA"):
-            if isinstance(self.model, ContrastiveModel):
-                self.model.head.update_target()
-            if self.encoder_ema is not None:
-                self.encoder_ema.update()
-        self.update += 1
+    def update_averages(self) -> None:
+        """Both EMAs, after an optimiser step."""
+        if isinstance(self.model, ContrastiveModel):
+            self.model.head.update_target()
+        if self.encoder_ema is not None:
+            self.encoder_ema.update()
 
     def state_dict(self) -> dict[str, Any]:
         """The part of a checkpoint that is alike on all ranks."""
@@ -94,13 +135,42 @@ class StageState:
             "encoder_ema": None if self.encoder_ema is None else self.encoder_ema.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any], run: Path) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: the state is not one of this model; the message names `run`.
+        """
+        load_module(self.model, state["model"], "model", run)
+        # Rates, decays and averaging are the configuration's, which may have changed.
+        own = [{**group} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{printable(run)}: optimizer does not fit ({one_line(error)})"
+            ) from error
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if name != "step" and value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"{printable(run)}: optimizer.{shortened(name)} has shape "
+                        f"{list(value.shape)}, its parameter {list(parameter.shape)}"
+                    )
+        if (self.encoder_ema is None) != (state["encoder_ema"] is None):
+            raise CheckpointError(f"{printable(run)}: encoder_ema does not fit the configuration")
         if self.encoder_ema is not None:
-            self.encoder_ema.load_state_dict(state["encoder_ema"])
+            load_module(self.encoder_ema.encoder, state["encoder_ema"], "encoder_ema", run)
         self.update = state["update"]
+
+    def forget_images(self) -> None:
+        """Leave the queue's rows without ids and labels: those were of other images."""
+        if isinstance(self.model, ContrastiveModel):
+            queue = self.model.head.loss.queue
+            queue.queue_id.fill_(-1)
+            queue.queue_y.fill_(-1)
 
 
 def build_stage(config: Config, world: World, *, total: int) -> StageState:
@@ -116,7 +186,7 @@ def build_stage(config: Config, world: World, *, total: int) -> StageState:
         else:
             model = build_contrastive(config, world)
             frozen = None if config.stage == "prepare-head" else config.frozen_blocks
-            model.encoder.freeze(frozen)
+            model.encoder.freeze(frozen, int8=config.frozen_precision == "int8")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     model.to(world.device).train()
@@ -148,14 +218,14 @@ def start_weights(
     if init is not None and init.is_dir():
         previous = _previous(init, config)
         lines.append(f"encoder from {init} ({previous['stage']})")
-        _load(model.encoder, _part(previous["model"], "encoder."), "encoder", init)
+        load_module(model.encoder, part(previous["model"], "encoder."), "encoder", init)
         if config.stage == "tune" and isinstance(model, ContrastiveModel):
             # Projector, predictor, batch statistics and the filled queue go on as they are; the
             # target projector, which stage 2 does not have, starts as a copy of the projector.
-            head = _part(previous["model"], "head.")
+            head = part(previous["model"], "head.")
             own = model.head.state_dict()
             head |= {k: v for k, v in own.items() if k.startswith("target_projector.")}
-            _load(model.head, head, "head", init)
+            load_module(model.head, head, "head", init)
             model.head.start_target()
             lines.append(f"head and queue from {init}")
     elif init is not None:
@@ -173,10 +243,10 @@ def start_weights(
             raise CheckpointError(
                 "reconstruction_weight is above 0: give the pretrain run with --decoder RUN"
             )
-        states = load_checkpoint(last_checkpoint(decoder))["model"]
+        states = load_state(decoder)["model"]
         assert isinstance(model, ContrastiveModel)
         assert model.decoder is not None
-        _load(model.decoder, _part(states, "decoder."), "decoder", decoder)
+        load_module(model.decoder, part(states, "decoder."), "decoder", decoder)
         lines.append(f"decoder from {decoder}")
     if state.encoder_ema is not None:
         state.encoder_ema.load_state_dict(model.encoder.state_dict())
@@ -186,7 +256,7 @@ def start_weights(
 def _previous(run: Path, config: Config) -> dict[str, Any]:
     """Load a finished run of the stage that `config.stage` follows."""
     wanted = {"pretrain": "pretrain", "prepare-head": "pretrain", "tune": "prepare-head"}
-    state = load_checkpoint(last_checkpoint(run))
+    state = load_state(run)
     if state["stage"] != wanted[config.stage]:
         raise CheckpointError(
             f"{run}: {config.stage} starts from a {wanted[config.stage]} run, "
@@ -200,21 +270,34 @@ def _previous(run: Path, config: Config) -> dict[str, Any]:
     return state
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Entries below `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _load(module: nn.Module, state: dict[str, Tensor], name: str, run: Path) -> None:
-    """Load strictly; a mismatch is the user's to mend, so it is told in one line."""
+def load_module(module: nn.Module, state: dict[str, Tensor], name: str, run: Path) -> None:
+    """Load strictly; a mismatch is the user's to mend, so it is told in one line.
+
+    Of a module on the meta device the sizes alone are compared.
+
+    Raises:
+        CheckpointError: other names, shapes or kinds of numbers.
+    """
     own = module.state_dict()
+    where = printable(run)
     for key in dict.fromkeys([*own, *state]):
+        shown = f"{name}.{shortened(key, 100)}"
         if key not in own or key not in state:
-            side = "this configuration" if key not in own else str(run)
-            raise CheckpointError(f"{run}: {name}.{key} is not in {side}; use the same {name}.*")
+            side = "this configuration" if key not in own else where
+            raise CheckpointError(f"{where}: {shown} is not in {side}; use the same {name}.*")
         if own[key].shape != state[key].shape:
             raise CheckpointError(
-                f"{run}: {name}.{key} has shape {list(state[key].shape)}, this configuration "
-                f"expects {list(own[key].shape)}; use the same {name}.* settings in both stages"
+                f"{where}: {shown} has shape {list(state[key].shape)}, this configuration "
+                f"expects {list(own[key].shape)}; use the same {name}.* settings"
             )
-    module.load_state_dict(state)
+        if own[key].is_floating_point() != state[key].is_floating_point():
+            raise CheckpointError(
+                f"{where}: {shown} is {state[key].dtype}, expected {own[key].dtype}"
+            )
+    if not any(value.is_meta for value in own.values()):
+        module.load_state_dict(state)

@@ -10,6 +10,7 @@ from maect_fast.benchmarks import registry
 from maect_fast.benchmarks.ops import OPS
 from maect_fast.benchmarks.ops import gelu as gelu_entry
 from maect_fast.benchmarks.ops import info_nce as loss_entry
+from maect_fast.benchmarks.ops import int8_linear as int8_entry
 from maect_fast.benchmarks.ops import mae_tokens as tokens_entry
 from maect_fast.benchmarks.ops import masked_attention as attention_entry
 from maect_fast.benchmarks.ops import queue_topk as search_entry
@@ -26,6 +27,7 @@ NEEDS_CUDA = {
     "mae_tokens": set(),
     "residual_norm": set(),
     "gelu": set(),
+    "int8_linear": set(),
 }
 CASES = [(name, mode) for name, op in OPS.items() for mode in op.modes]
 
@@ -56,6 +58,8 @@ def test_compiled_providers_pass_the_gate(name: str, mode: str) -> None:
     op = OPS[name]
     providers = [p for p in op.providers if p in COMPILED]
     x = op.inputs(op.sizes["quick"][0], torch.float32, CPU)
+    if not providers:
+        pytest.skip("no compiled peer")
     _, reasons = gate(op, x, mode, torch.float32, providers)
     assert "torch.compile" not in reasons, reasons
     assert not any(reason.startswith("wrong") for reason in reasons.values()), reasons
@@ -110,6 +114,11 @@ def wrong_gelu(x: gelu_entry.Inputs, mode: str) -> Call:
     return gelu_entry._differentiate(x, mode, tanh)
 
 
+def wrong_int8(x: int8_entry.Inputs, mode: str) -> Call:
+    """A row's scale is its neighbour's."""
+    return int8_entry.ours(replace(x, x_scale=x.x_scale.roll(1)), mode)
+
+
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_wrong_provider_gets_no_time(name: str, mode: str) -> None:
     op = copy_of(OPS[name])
@@ -120,6 +129,7 @@ def test_a_wrong_provider_gets_no_time(name: str, mode: str) -> None:
         "mae_tokens": wrong_tokens,
         "residual_norm": wrong_norm,
         "gelu": wrong_gelu,
+        "int8_linear": wrong_int8,
     }
     op.provider("wrong")(wrong[name])
     x = op.inputs(op.sizes["quick"][0], torch.float32, CPU)
@@ -280,6 +290,10 @@ def test_formulas() -> None:
     for mode, num_norm, num_gelu in (("fwd", 4, 8), ("bwd", 4, 12), ("full", 8, 20)):
         assert OPS["residual_norm"].num_bytes(norm, mode, 2) == num_norm * unit
         assert OPS["gelu"].num_bytes(hidden, mode, 2) == num_gelu * unit
+    layer = {"M": 512 * 197, "N": 4096, "K": 1024}
+    assert OPS["int8_linear"].num_flops(layer, "fwd") == 8 * 512 * 197 * 1024**2
+    # Half a unit in, four out, and the weight.
+    assert OPS["int8_linear"].num_bytes(layer, "fwd", 2) == 4.5 * unit + 4 * 1024**2
 
 
 def test_both_divisions_of_the_loss_agree_on_one_rank() -> None:

@@ -361,3 +361,41 @@ def test_all_bytes_are_normalised_to_the_same_bits(device: torch.device) -> None
     assert torch.equal(augment.bytes_to_normalized(images.to(device), config).cpu(), expected)
     odd = images[None, :, :, 1:].expand(5, -1, -1, -1).to(device)
     assert torch.equal(augment.bytes_to_normalized(odd, config).cpu()[4], expected[:, :, 1:])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1828, 1828), 1),
+        ((1830, 1830), 2),
+        ((3660, 3660), 4),
+        ((9000, 9000), 8),
+        ((9004, 9000), 4),
+        ((9001, 9000), 1),
+    ],
+)
+def test_reduced_images_are_large_enough_for_the_smallest_crop(
+    size: tuple[int, int], expected: int
+) -> None:
+    # sqrt(0.08 * 3 / 4) of the side is the smallest crop's, which needs 224 pixels.
+    assert augment.view_reduction(*size, AugmentConfig(), 224) == expected
+
+
+@pytest.mark.parametrize(
+    "size", [(5000, 3000), (8000, 1000), (1000, 9000), (700, 500), (6000, 4000)]
+)
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (1.0, 1.0)])
+def test_no_crop_of_a_reduced_image_is_enlarged_for_it(
+    size: tuple[int, int], scale: tuple[float, float]
+) -> None:
+    config = AugmentConfig(scale=scale)
+    factor = augment.view_reduction(*size, config, 96)
+    width, height = (-(-side // factor) for side in size)
+    draws = augment.draw(5, torch.arange(500), epoch=0, num_views=1, num=10)[0].tolist()
+    sides = [min(augment.crop_box(numbers, height, width, config)[2:]) for numbers in draws]
+    assert factor == 1 or min(sides) >= 96
+
+
+def test_evaluation_needs_the_short_side() -> None:
+    assert [augment.eval_reduction(w, 600, 224) for w in (600, 9000)] == [2, 2]
+    assert [augment.eval_reduction(3000, h, 224) for h in (511, 512, 1024, 2048)] == [1, 2, 4, 8]

@@ -2,6 +2,7 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -251,8 +252,12 @@ def test_broken_files_are_named_counted_and_replaced(
     assert sorted(os.path.relpath(path, damaged) for path in loader.broken) == BROKEN
     for name in BROKEN:
         assert len([m for m in caplog.messages if str(damaged / name) in m]) == 1
-    assert len(caplog.messages) == 3
-    assert any("truncated" in message for message in caplog.messages)
+    # One line for each kind, in the first epoch, in which all of them are met.
+    damaged_one, no_images = caplog.messages
+    assert re.fullmatch(
+        r"skipped 1 \(damaged\): .*cat/1.png \(OSError: .*truncated.*\)", damaged_one
+    )
+    assert re.fullmatch(r"skipped 2 \(no image\): .*/3.jpg \(.*\), .*/4.jpg \(.*\)", no_images)
 
 
 def test_a_stand_in_has_the_views_of_its_own_id(damaged: Path) -> None:
@@ -280,6 +285,26 @@ def test_too_many_broken_files_stop_the_run(damaged: Path, workers: int) -> None
 def test_no_broken_file_is_allowed_where_none_may_be(damaged: Path) -> None:
     with pytest.raises(DataError, match=r"1 images? cannot be read, at most 0"):
         list(make_loader(open_folder(damaged), max_broken=0).batches(0))
+
+
+def test_many_odd_files_make_a_line_per_kind(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        (folder / "cat" / f"no image\n{i}.png").write_text("no image")
+    source = open_folder(folder)
+    loader = make_loader(source, max_broken=20)
+    for epoch in range(2):
+        list(loader.batches(epoch))
+    (message,) = caplog.messages
+    assert message.startswith("skipped 20 (no image): ")
+    assert message.endswith(" and 16 more")
+    assert "\n" not in message
+    with pytest.raises(
+        DataError, match=r"\(data.max_broken\): \d+ \(no image\): .* more$"
+    ) as error:
+        list(make_loader(source, max_broken=12).batches(0))
+    assert "\n" not in str(error.value)
 
 
 def test_only_broken_files_end_in_an_error(tmp_path: Path) -> None:
@@ -359,7 +384,9 @@ def test_evaluation_leaves_broken_files_out(
     assert batches.skipped == [1, 10, 11]
     left = [i for i in range(12) if i not in batches.skipped]
     assert torch.equal(torch.cat([labels for _, labels in shown]), source.labels[left])
-    assert len(caplog.messages) == 3
+    assert [message[:11] for message in caplog.messages] == ["skipped 1 (", "skipped 2 ("]
+    list(batches)
+    assert len(caplog.messages) == 2
 
     strict = eval_batches(source, RANDOM, img_size=16, batch_size=2, workers=workers, max_broken=2)
     with pytest.raises(DataError, match=re.escape(str(damaged / "dog" / "4.jpg"))):
@@ -500,3 +527,49 @@ def test_workers_end_with_a_killed_program(tmp_path: Path, folder: Path) -> None
     while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+
+
+SHARED = """
+import logging, sys
+from maect_fast.config import AugmentConfig, ConfigError, DataConfig, EncoderConfig
+from maect_fast.data import DataError, Loader, build_source, loader
+
+if __name__ == "__main__":
+    source = build_source(DataConfig(root=sys.argv[1]), EncoderConfig(), split="train")
+    settings = dict(num_views=2, batch_size=4, img_size=224, seed=5, workers=1)
+    try:
+        Loader(source, AugmentConfig(), **settings)
+    except ConfigError as error:
+        print(error)
+    # As if the memory had been there when the run began.
+    loader._check_shared_memory = lambda *_: None
+    try:
+        list(Loader(source, AugmentConfig(), **settings).batches(0))
+    except DataError as error:
+        print(error)
+"""
+
+
+@linux
+def test_shared_memory_that_is_too_small_is_one_line(tmp_path: Path, folder: Path) -> None:
+    """Nobody waits for batches that found no room."""
+    if not shutil.which("unshare") or subprocess.call(["unshare", "-m", "true"]):
+        pytest.skip("needs a mount namespace")
+    program = tmp_path / "program.py"
+    program.write_text(SHARED)
+    root = Path(__file__).parents[2]
+    words = (sys.executable, str(program), str(folder))
+    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" "$1" "$2"', *words],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    before, while_running = done.stdout.splitlines()
+    assert "data.workers: the batches of 1 workers take 18 MiB of /dev/shm, which has" in before
+    assert "a worker that reads images ended: RuntimeError: unable to alloc" in while_running
+    assert "lower data.workers" in while_running

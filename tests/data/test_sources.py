@@ -1,15 +1,21 @@
+import dataclasses
+import io
 import os
+import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 
 from maect_fast.config import ConfigError, DataConfig, EncoderConfig
 from maect_fast.data import FolderSource, TensorSource, build_source
+from maect_fast.data.sources import UnfitImageError
 
 WriteImage = Callable[..., Path]
 
@@ -166,6 +172,65 @@ def test_folder_follows_links(write_image: WriteImage, tmp_path: Path) -> None:
     assert names(open_folder(tmp_path / "images"), tmp_path / "images") == ["linked/1.png"]
 
 
+def test_each_real_folder_is_listed_once(
+    write_image: WriteImage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Round links and second ways to a folder give no image a second id."""
+    for name in ("b/1.png", "c/deep/2.png", "other/3.png"):
+        write_image(name)
+    root = tmp_path / "images"
+    (root / "other").rename(tmp_path / "other")
+    write_image("../beside.png")
+    (root / "c" / "deep" / "up").symlink_to(root / "c")
+    (root / "around").symlink_to(tmp_path)
+    (root / "again").symlink_to(root / "b")
+    (root / "self").symlink_to(root / "self")
+    (root / "x").symlink_to(tmp_path / "other")
+    (root / "a").symlink_to(tmp_path / "other")
+    source = open_folder(root)
+    assert names(source, root) == ["a/3.png", "b/1.png", "c/deep/2.png"]
+    assert source.class_names == ["a", "b", "c"]
+    (message,) = caplog.messages
+    assert message.startswith("data.root: left out 4 (links to a folder that is listed already")
+    assert message.endswith(": again, around, c/deep/up, x")
+
+
+def test_what_is_no_regular_file_is_left_out(
+    write_image: WriteImage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = write_image("1.png")
+    root = tmp_path / "images"
+    os.mkfifo(root / "pipe.png")
+    (root / "null.png").symlink_to("/dev/null")
+    (root / "nowhere.png").symlink_to(root / "gone")
+    (root / "round.png").symlink_to(root / "round.png")
+    (root / "linked.png").symlink_to(image)
+    (root / "pipe.txt").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as server, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)  # a socket's path has at most 108 bytes
+        server.bind("socket.png")
+        assert names(open_folder(root), root) == ["1.png", "linked.png"]
+    (message,) = caplog.messages
+    assert message.startswith("data.root: left out 5 (pipes, sockets, devices")
+    assert message.endswith("): nowhere.png, null.png, pipe.png, round.png and 1 more")
+
+
+def test_a_file_that_became_a_pipe_is_an_error(write_image: WriteImage, tmp_path: Path) -> None:
+    path = write_image("1.png")
+    source = open_folder(tmp_path / "images")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file"):
+        source.decode(0)
+
+
+def test_a_folder_that_no_configuration_can_name(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"\xff")
+    root.mkdir()
+    with pytest.raises(ConfigError, match=r"data\.root: expected a path in UTF-8"):
+        open_folder(root)
+
+
 def test_file_names_may_be_any_bytes(write_image: WriteImage, tmp_path: Path) -> None:
     path = write_image("größe 1.png")
     odd = os.fsencode(tmp_path / "images") + b"/\xff\xfe.png"
@@ -289,12 +354,121 @@ def test_palette_with_transparency_warns_nobody(write_image: WriteImage, tmp_pat
     assert open_folder(tmp_path / "images").decode(0).mode == "RGB"
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+def open_written(tmp_path: Path, name: str, content: bytes) -> FolderSource:
+    (tmp_path / "images").mkdir(exist_ok=True)
+    (tmp_path / "images" / name).write_bytes(content)
+    return open_folder(tmp_path / "images", in_chans=1)
+
+
+def written(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+@pytest.mark.parametrize("maxval", [1, 100, 255, 256, 1023, 4095, 65535])
+def test_grey_of_any_depth_is_scaled_by_its_range(
+    tmp_path: Path, maxval: int, is_text: bool
+) -> None:
+    values = np.unique(np.linspace(0, maxval, 9).astype(np.int64))
+    if is_text:
+        content = " ".join(map(str, values)).encode()
+    else:
+        content = values.astype(">u2" if maxval > 255 else "u1").tobytes()
+    header = f"P{2 if is_text else 5}\n{len(values)} 1\n{maxval}\n".encode()
+    pixels = np.asarray(open_written(tmp_path, "x.pgm", header + content).decode(0))
+    assert pixels.min() == 0
+    assert pixels.max() == 255
+    assert np.abs(pixels[0] - values * (255 / maxval)).max() <= 1
+
+
+@pytest.mark.parametrize("maxval", [100, 255, 1023, 65535])
+def test_colours_of_any_depth_are_scaled_by_their_range(tmp_path: Path, maxval: int) -> None:
+    values = np.array([[0, maxval // 2, maxval], [maxval, 0, maxval // 3]])
+    content = values.astype(">u2" if maxval > 255 else "u1").tobytes()
+    (tmp_path / "x.ppm").write_bytes(f"P6\n1 2\n{maxval}\n".encode() + content)
+    image = open_folder(tmp_path).decode(0)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image)[:, 0] - values * (255 / maxval)).max() <= 1
+
+
+def test_a_deep_pgm_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
+    source = open_written(tmp_path, "x.pgm", b"P5\n4 4\n1023\n" + bytes(31))
+    with pytest.raises(ValueError, match="ends within the image"):
+        source.decode(0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    (tmp_path / "images").mkdir()
-    Image.fromarray(ramp).save(tmp_path / "images" / "x.png")
-    image = open_folder(tmp_path / "images", in_chans=1).decode(0)
+    content = written(Image.fromarray(ramp), kind)
+    image = open_written(tmp_path, "x.png", content).decode(0)
     assert np.array_equal(np.asarray(image), (ramp // 256).astype(np.uint8))
+
+
+def test_a_tiff_says_how_many_bits_it_uses_and_which_end_is_white(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    negative = written(Image.fromarray(ramp), "TIFF", tiffinfo={262: 0})
+    image = open_written(tmp_path, "x.tif", negative).decode(0)
+    assert np.array_equal(np.asarray(image), 255 - ramp // 256)
+    # Two values of 12 bits, 0 and 4095, are three bytes: 00 0f ff.
+    fields = ((256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 110), (278, 1), (279, 3))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
+    twelve = b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + b"\0\0\0\0\x00\x0f\xff"
+    image = open_written(tmp_path, "x.tif", twelve).decode(0)
+    assert np.asarray(image).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_without_a_range_counts_as_unreadable(tmp_path: Path, dtype: Any) -> None:
+    content = written(Image.fromarray(np.ones((8, 8), dtype)), "TIFF")
+    with pytest.raises(UnfitImageError, match="no format says what is white"):
+        open_written(tmp_path, "x.tif", content).decode(0)
+
+
+def test_formats_beyond_the_listed_are_not_opened(tmp_path: Path) -> None:
+    """Pillow would start Ghostscript for this one."""
+    content = written(Image.new("RGB", (8, 8)), "EPS")
+    Image.open(io.BytesIO(content))
+    with pytest.raises(UnidentifiedImageError):
+        open_written(tmp_path, "x.png", content).decode(0)
+
+
+def test_larger_images_than_allowed_are_refused_by_their_header(
+    write_image: WriteImage, tmp_path: Path
+) -> None:
+    path = write_image("x.png")
+    data = DataConfig(root=str(tmp_path / "images"), max_pixels=1200)
+    assert build_source(data, RGB, split="train").decode(0).size == (40, 30)
+    data.max_pixels = 1199
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UnfitImageError, match=r"40 x 30 pixels, more than data.max_pixels = 1199"):
+        build_source(data, RGB, split="train").decode(0)
+
+
+@pytest.mark.parametrize("is_progressive", [False, True])
+def test_jpegs_are_decoded_at_a_reduced_scale(tmp_path: Path, is_progressive: bool) -> None:
+    y, x = np.mgrid[:1001, :1203]
+    picture = np.stack([127 + 120 * np.sin(x / 60), 127 + 120 * np.cos(y / 50), (x + y) / 9], -1)
+    image = Image.fromarray(picture.astype(np.uint8))
+    (tmp_path / "x.jpg").write_bytes(written(image, "JPEG", progressive=is_progressive))
+    source = open_folder(tmp_path)
+    whole = source.decode(0)
+    assert whole.size == (1203, 1001)
+    for factor in (2, 4, 8):
+        small = source.decode(0, lambda width, height, factor=factor: factor)  # type: ignore[misc]
+        assert small.size == (-(-1203 // factor), -(-1001 // factor))
+        expected = whole.reduce(factor)
+        error = np.abs(np.asarray(small, dtype=int) - np.asarray(expected, dtype=int))
+        assert error[1:-1, 1:-1].max() <= 6
+    # What remains counts, except where all coefficients are held.
+    reduced = dataclasses.replace(source, max_pixels=1203 * 1001 // 4)
+    if is_progressive:
+        with pytest.raises(UnfitImageError, match="1203 x 1001 pixels"):
+            reduced.decode(0, lambda width, height: 4)
+    else:
+        assert reduced.decode(0, lambda width, height: 4).size == (301, 251)
 
 
 def test_large_pictures_and_odd_metadata_warn_nobody(

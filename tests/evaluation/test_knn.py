@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
@@ -97,6 +98,28 @@ def test_queries_are_searched_in_chunks(
 
 def test_raw_digits(digits: tuple[Features, Features]) -> None:
     assert knn_accuracy(*digits) == pytest.approx(0.978, abs=0.003)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.005, 1e-3, 1e-6, 1e-30])
+def test_small_temperatures_do_not_overflow(
+    blobs: tuple[Features, Features], temperature: float
+) -> None:
+    train, test = blobs
+    found = knn_predict(train, test.x, temperature=temperature)
+    x = F.normalize(train.x.double(), dim=1)
+    cosine, index = (F.normalize(test.x.double(), dim=1) @ x.T).topk(10)
+    one_hot = F.one_hot(train.label[index]).double()
+    votes = (cosine / temperature)[..., None] + one_hot.log()
+    assert torch.equal(found, votes.logsumexp(dim=1).argmax(dim=1))
+    if temperature < 1e-3:
+        # The nearest alone decides.
+        assert torch.equal(found, train.label[index[:, 0]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperatures_without_a_meaning(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature: expected above 0"):
+        knn_predict(GALLERY, QUERY, k=1, temperature=temperature)
 
 
 @pytest.mark.parametrize("k", [0, 5])

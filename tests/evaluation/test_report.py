@@ -1,6 +1,8 @@
 import base64
 import io
 import json
+import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from maect_fast.evaluation.figures import (
     plot_reconstructions,
     plot_tsne,
 )
-from maect_fast.evaluation.report import format_table, write_report
+from maect_fast.evaluation.report import _png, format_table, write_report
+from maect_fast.names import printable
 
 ROWS = {
     "raw <pixels>": {"knn": 0.98, "kmeans_acc": 0.79, "kmeans_acc_std": 0.031, "seconds": 0.0},
@@ -35,6 +38,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
+        self.attributes: set[str] = set()
         self.pictures: dict[str, bytes] = {}
         self.texts: list[str] = []
         self.bold: list[str] = []
@@ -42,6 +46,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
         if tag == "img":
             values = dict(attrs)
             kind, content = str(values["src"]).split(",", 1)
@@ -111,9 +116,9 @@ def test_report_files(tmp_path: Path) -> None:
     }
 
     markdown = (out / "report.md").read_text()
-    assert format_table(ROWS) in markdown
-    for heading, file in files.items():
-        assert f"![{heading}]({file})" in markdown
+    assert r"| raw \<pixels\> |" in markdown
+    assert r"a \< b" in markdown
+    assert all(f"]({file})" in markdown for file in files.values())
 
     page = Page(path.read_text())
     assert page.pictures == {name: (out / file).read_bytes() for name, file in files.items()}
@@ -126,6 +131,75 @@ def test_report_files(tmp_path: Path) -> None:
     text = path.read_text()
     assert "http" not in text
     assert 'name="viewport"' in text
+
+
+ODD_NAMES = [
+    "$5_$",
+    "$\\frac{$",
+    r"\$1",
+    "<script>alert(1)</script>",
+    "a|b",
+    "**b** [x](http://y) `c` # ~~d~~",
+    "_hidden",
+    "two\nlines\r\n# heading",
+    "\x1b[31mred",
+    "\u202eright to left",
+    os.fsdecode(b"\xff\xfe"),
+    "日本 🐈",
+    "n" * 255,
+    '" onerror="alert(1)',
+]
+
+
+def test_names_are_data_in_every_report(tmp_path: Path) -> None:
+    rows = {name: {"knn": i / 20} for i, name in enumerate(ODD_NAMES)}
+    figures = {f"{i} {name}": small_figure() for i, name in enumerate(ODD_NAMES)}
+    path = write_report(
+        tmp_path, title=ODD_NAMES[7], tables=dict.fromkeys(ODD_NAMES, rows), figures=figures
+    )
+    # JSON keeps them as they are.
+    content = json.loads((tmp_path / "report.json").read_bytes())
+    assert content["tables"] == dict.fromkeys(ODD_NAMES, rows)
+
+    page = Page(path.read_bytes().decode())
+    plain = Page(write_report(tmp_path / "x", title="t", tables={}, figures={}).read_text())
+    assert set(page.tags) - set(plain.tags) == {
+        *("h2", "div", "table", "thead", "tr", "th", "tbody", "td", "strong", "figure", "img"),
+    }
+    assert page.attributes <= {"lang", "charset", "name", "content", "class", "alt", "src"}
+    for name in ODD_NAMES:
+        assert printable(name) in page.texts
+
+    markdown = (tmp_path / "report.md").read_bytes().decode()
+    lines = markdown.split("\n")
+    assert [line[:2] for line in lines].count("# ") == 1
+    table = [line for line in lines if line.startswith("| ")]
+    assert len(table) == len(ODD_NAMES) * (len(ODD_NAMES) + 2)
+    for line in table:
+        assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3
+    assert not re.search(r"(?<!\\)(?:\\\\)*[<`$]", markdown)
+    assert all(line.isprintable() for line in lines)
+    assert all(line.isprintable() for line in format_table(rows).split("\n"))
+
+
+def test_names_are_data_in_every_figure(recwarn: pytest.WarningsRecorder) -> None:
+    n = len(ODD_NAMES)
+    label = torch.arange(n).repeat_interleave(3)
+    some = Features(x=torch.eye(n)[label] + 0.01 * torch.randn(3 * n, n), label=label)
+    titles_given = {name: lines(2) for name in ODD_NAMES}
+    tsne = plot_tsne(dict.fromkeys(ODD_NAMES[:4], some), class_names=ODD_NAMES)
+    for figure in (
+        plot_curves(titles_given),
+        tsne,
+        plot_confusion(some, class_names=ODD_NAMES),
+    ):
+        assert len(_png(figure)) > 1000
+    shown = [text.get_text() for text in tsne.legends[0].get_texts()]
+    assert len(shown) == n
+    assert shown[:3] == [r"\$5_\$", r"\$\frac{\$", r"\\$1"]
+    assert shown[6] == "_hidden"
+    assert all(len(text) <= 44 and text.isprintable() for text in shown)
+    assert not recwarn.list
 
 
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:

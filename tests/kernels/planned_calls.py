@@ -24,12 +24,15 @@ from maect_fast.kernels import (
     enqueue,
     gather_patches,
     gelu,
+    gelu_int8,
     info_nce,
     info_nce_stats,
+    int8_linear,
     masked_attention,
     masked_patch_mse,
     queue_topk,
     residual_norm,
+    residual_norm_int8,
     restore_tokens,
     symmetric_info_nce,
     with_shadow,
@@ -201,6 +204,24 @@ def more_cases() -> Iterator[tuple[str, Callable[[], Case]]]:
     )
     yield "gelu", lambda: (partial(full, gelu), [randn(2, 50, 256), randn(256)])
     yield "gelu, no bias", lambda: (partial(full, gelu), [randn(2, 50, 256)])
+    yield "gelu in int8", lambda: (gelu_int8, [randn(2, 50, 256), randn(256)])
+    yield (
+        "norm in int8",
+        lambda: (
+            lambda r, branch, w, b: residual_norm_int8(r, branch, weight=w, bias=b),
+            [randn(9, 384), randn(9, 384), *(randn(384) for _ in range(2))],
+        ),
+    )
+    yield (
+        "linear layer in int8",
+        lambda: (
+            int8_linear,
+            [
+                *(torch.ones(50, 64, dtype=torch.int8), torch.ones(50)),
+                *(torch.ones(96, 64, dtype=torch.int8), torch.ones(96), randn(96)),
+            ],
+        ),
+    )
 
 
 def norm_case(stream: torch.dtype) -> Case:

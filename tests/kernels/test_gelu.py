@@ -11,10 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from maect_fast.kernels import gelu
+from maect_fast.kernels import gelu, gelu_int8
 from maect_fast.kernels._common import gpu
 from maect_fast.kernels.gelu import op
-from maect_fast.testing import assert_within_budget, error_budget
+from maect_fast.testing import assert_quantized, assert_within_budget, error_budget
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -268,6 +268,55 @@ def test_two_runs_are_bitwise_equal_and_programs_have_many_tiles(
     torch.testing.assert_close(first[2], many[2])
 
 
+# In int8.
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("leading", "D"), [*SHAPES, pytest.param((257,), 1280, marks=pytest.mark.slow)]
+)
+def test_int8_against_fp64(
+    leading: tuple[int, ...],
+    D: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    backend: Any,
+    device: torch.device,
+) -> None:
+    skip_unless_interpreted(backend, dtype, device)
+    h = (randn(*leading, D, device=device) * 2).to(dtype)
+    bias = randn(D, device=device, seed=1) if has_bias else None
+    g, scale = gelu_int8(h, bias, backend=backend)
+    assert g.is_contiguous()
+    x = h if bias is None else h.double() + bias.double()
+    eager = F.gelu(x.float())
+    # The polynomial is for halves: of fp16 or better, whatever the half.
+    assert_quantized(g, scale, eager if dtype == torch.float32 else eager.half(), exact(x)[0])
+    again, _ = gelu_int8(h, bias, backend=backend)
+    assert torch.equal(again, g)
+
+
+def test_int8_of_strided_rows_and_of_none(backend: Any, device: torch.device) -> None:
+    wide, bias = randn(4, 6, 96, device=device), randn(48, device=device, seed=1)
+    for h in (wide[..., :48], wide[:, 0, 48:], wide[0, ::2, 16:64], wide[0, 0, :48]):
+        found = gelu_int8(h, bias, backend=backend)
+        assert all(map(torch.equal, found, gelu_int8(h.clone(), bias, backend=backend)))
+    g, scale = gelu_int8(wide[:, :0], backend=backend)
+    assert (g.shape, scale.shape) == ((4, 0, 96), (4, 0))
+
+
+def test_int8_of_special_rows(backend: Any, device: torch.device) -> None:
+    """NaN and infinity show in the scale; a row of zeros is zeros."""
+    h = randn(4, 1500, device=device)
+    h[0, 1200], h[1, 5], h[2] = math.nan, math.inf, 0.0
+    g, scale = gelu_int8(h, backend=backend)
+    assert scale.isfinite().tolist() == [False, False, True, True]
+    assert not g[2].any()
+    assert g[3].any()
+
+
 # What runs, and what it allocates.
 
 
@@ -330,13 +379,14 @@ class NoKernel:
 def test_triton_allocates_results_and_little_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """ViT-L/16, batch 256: no sum with the bias, no fp32 copy; 5 MB of parts."""
     kernel = importlib.import_module("maect_fast.kernels.gelu.triton_kernel")
-    for name in ("fwd_kernel", "bwd_kernel"):
+    for name in ("fwd_kernel", "int8_kernel", "bwd_kernel"):
         monkeypatch.setattr(kernel, name, NoKernel())
     M, D = 256 * 197, 4096
     h = torch.empty(M, D, dtype=torch.bfloat16, device="meta")
     bias = torch.empty(D, device="meta")
     for call, num_results in (
         (lambda: kernel.forward(h, bias), 1),
+        (lambda: kernel.forward_int8(h, bias), 0.5),
         (lambda: kernel.backward(h, bias, h, True), 2),
         (lambda: kernel.backward(h, bias, h, False), 1),
     ):
@@ -388,6 +438,12 @@ H, BIAS = torch.zeros(2, 3, 8), torch.zeros(8)
             RuntimeError,
             "'triton' runs on CUDA, got a tensor on meta",
         ),
+        (
+            lambda: gelu_int8(torch.zeros(2, 8193), backend="triton"),
+            RuntimeError,
+            "gelu_int8: backend 'triton' takes up to 8192 features, got 8193",
+        ),
+        (lambda: gelu_int8(H[..., ::2]), ValueError, "h: expected a last stride of 1"),
     ],
 )
 def test_errors(call: Any, error: type[Exception], message: str) -> None:
@@ -402,6 +458,7 @@ def test_opcheck(backend: Any, device: torch.device) -> None:
     h, bias = randn(2, 3, 8, device=device), randn(8, device=device)
     for b in (bias, None):
         torch.library.opcheck(op.gelu_fwd, (h, b, backend))
+        torch.library.opcheck(op.gelu_int8, (h, b, backend))
         torch.library.opcheck(op.gelu_bwd, (h, b, h, b is None, backend))
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from maect_fast.kernels import residual_norm
+from maect_fast.kernels import residual_norm, residual_norm_int8
 from maect_fast.kernels._common import gpu
 from maect_fast.kernels.residual_norm import op
-from maect_fast.testing import assert_within_budget
+from maect_fast.testing import assert_quantized, assert_within_budget
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -316,13 +316,80 @@ def test_two_runs_are_bitwise_equal_and_programs_have_many_tiles(
 def test_chunks_hold_every_width() -> None:
     """Up to the largest that the op admits, in at most three."""
     kernel = importlib.import_module("maect_fast.kernels.residual_norm.triton_kernel")
-    for table in (kernel.FORWARD, kernel.BACKWARD, kernel.BACKWARD_FP32):
+    for table in (kernel.FORWARD, kernel.FORWARD_INT8, kernel.BACKWARD, kernel.BACKWARD_FP32):
         assert max(table) == op.MAX_FEATURES
         for D in range(1, op.MAX_FEATURES + 1):
             row = kernel.launch_config(table, D)
             assert -(-D // row.blocks["BLOCK_D"]) <= 3
         assert kernel.launch_config(table, 1024).label == "up to 1024"
         assert kernel.launch_config(table, 1280).label == "up to 1536"
+
+
+# In int8.
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("has", ["", "branch", "branch bias"])
+@pytest.mark.parametrize("stream", [FP32, FP16, BF16])
+@pytest.mark.parametrize(
+    ("leading", "D"),
+    [
+        ((1,), 64),
+        ((7,), 384),
+        ((2, 3), 200),
+        ((5,), 1024),
+        ((3,), 1280),
+        pytest.param((197,), 384, marks=pytest.mark.slow),
+        pytest.param((257,), 1280, marks=pytest.mark.slow),
+    ],
+)
+def test_int8_against_fp64(
+    leading: tuple[int, ...],
+    D: int,
+    stream: torch.dtype,
+    has: str,
+    backend: Any,
+    device: torch.device,
+) -> None:
+    skip_unless_interpreted(backend, device, stream)
+    x = inputs_of(leading, D, stream, stream, has=has, device=device)
+    weight, bias = x.weight, x.bias
+    columns: Any = {"weight": weight, "bias": bias, "backend": backend}
+    found, y, scale = residual_norm_int8(*x[:3], **columns)
+    # The same stream, and its norm before it is rounded to anything else.
+    out, _ = residual_norm(*x[:3], **columns)
+    assert torch.equal(found, out)
+    assert (found is x.r) == (x.branch is None)
+    eager = F.layer_norm(out.float(), [D], weight, bias, EPS)
+    exact = F.layer_norm(out.double(), [D], weight.double(), bias.double(), EPS)
+    assert_quantized(y, scale, eager, exact)
+    again = residual_norm_int8(*x[:3], **columns)
+    assert torch.equal(again[1], y)
+    assert torch.equal(again[2], scale)
+
+
+def test_int8_of_strided_rows_and_of_none(backend: Any, device: torch.device) -> None:
+    wide, weight = randn(5, 96, device=device), randn(48, device=device, seed=1)
+    columns: Any = {"weight": weight, "bias": weight, "backend": backend}
+    for r, branch in ((wide[:, :48], wide[:, 48:]), (wide[::2, 16:64], None), (wide[3, :48], None)):
+        copy = None if branch is None else branch.clone()
+        found = residual_norm_int8(r, branch, **columns)
+        expected = residual_norm_int8(r.clone(), copy, **columns)
+        assert all(map(torch.equal, found, expected))
+    _, y, scale = residual_norm_int8(wide[:0, :48], **columns)
+    assert (y.shape, scale.shape) == ((0, 48), (0,))
+
+
+def test_int8_of_special_rows(backend: Any, device: torch.device) -> None:
+    """NaN and infinity show in the scale; a row of zeros is zeros."""
+    r = randn(4, 48, device=device)
+    r[0, 3], r[1, 5], r[2] = float("nan"), float("inf"), 1.0
+    zero = torch.zeros(48, device=device)
+    one = zero + 1
+    _, y, scale = residual_norm_int8(r, weight=one, bias=zero, backend=backend)
+    assert scale.isfinite().tolist() == [False, False, True, True]
+    assert not y[2].any()
+    assert y[3].any()
 
 
 # What runs, and what it allocates.
@@ -399,6 +466,7 @@ def test_triton_allocates_results_and_little_else(monkeypatch: pytest.MonkeyPatc
     for call, num_results in (
         (lambda: kernel.forward(r, r, column, *parameters, EPS, BF16), 2),
         (lambda: kernel.forward(r, None, None, *parameters, EPS, BF16), 1),
+        (lambda: kernel.forward(r, r, column, *parameters, EPS, torch.int8), 1.5),
         (lambda: kernel.backward(r, r, *saved, True, True), 2),
         (lambda: kernel.backward(r, None, *saved, False, True), 1),
     ):
@@ -482,6 +550,7 @@ def test_errors(arguments: Any, error: type[Exception], message: str) -> None:
 def test_opcheck(has: str, backend: Any, device: torch.device) -> None:
     x = inputs_of((2, 3), 8, FP32, FP16, has=has, device=device)
     torch.library.opcheck(op.residual_norm_fwd, (*x, EPS, FP16, backend))
+    torch.library.opcheck(op.residual_norm_int8, (*x, EPS, backend))
     _, y, mean, rstd = op.residual_norm_fwd(*x, EPS, FP16, backend)
     is_first = has == "nothing"
     dr_out = None if is_first else x.r

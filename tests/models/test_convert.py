@@ -200,9 +200,13 @@ def test_positions_are_resampled_bicubically_without_antialiasing(
         ),
         (
             lambda w: w.update({"cls_token": torch.ones(1, 1, 16)}),
-            r"cls_token is \[1, 1, 16\], this encoder \(vit_tiny_patch16_224\) needs \[1, 1, 32\]",
+            r"cls_token is \[1, 1, 16\], this encoder needs \[1, 1, 32\] \(vit_tiny_patch16_224\)",
         ),
         (lambda w: w.update({"pos_embed": torch.ones(1, 15, 32)}), "square grid, got 15"),
+        (lambda w: w.update({"pos_embed": torch.ones(1, 16, 16)}), r"pos_embed is \[1, 16, 16\]"),
+        (lambda w: w.update({"pos_embed": torch.ones(16)}), r"pos_embed is \[16\]"),
+        (lambda w: w.update({"cls_token": w["cls_token"].long()}), "cls_token is torch.int64"),
+        (lambda w: w["norm.bias"].fill_(float("nan")), "norm.bias holds NaN or infinity"),
         (lambda w: w.pop("patch_embed.proj.weight"), "found nothing named patch_embed"),
     ],
 )

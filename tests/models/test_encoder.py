@@ -345,6 +345,53 @@ def test_attention_is_fused() -> None:
     torch.testing.assert_close(encoder(images, class_token_only=True), tokens[:, :1])
 
 
+class Doubled(nn.Linear):
+    """What a plug-in may put in a layer's place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice the product."""
+        return 2 * super().forward(x)
+
+
+def changed(encoder: Encoder, where: str) -> list[str]:
+    """Let somebody watch or replace a module of the last block; returns what they saw."""
+    seen: list[str] = []
+    block: Any = encoder.blocks[-1]
+    if where == "class":
+        block.attn.qkv.__class__ = Doubled
+    elif where == "parametrised":
+        nn.utils.parametrizations.weight_norm(block.attn.qkv)
+    elif where == "wrapped":
+        block.attn.qkv = nn.Sequential(block.attn.qkv)
+    elif where == "forward":
+        plain = block.attn.forward
+        block.attn.forward = lambda x, **rest: 3 * plain(x, **rest)
+    else:
+        module = encoder.get_submodule(f"blocks.{len(encoder.blocks) - 1}{where}")
+        module.register_forward_hook(lambda *_: seen.append(where))
+        module.register_forward_pre_hook(lambda *_: seen.append(where))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("", ".attn", ".attn.qkv", ".attn.proj", ".mlp", ".norm1", ".norm2"),
+        *("class", "parametrised", "wrapped", "forward"),
+    ],
+)
+def test_the_class_token_alone_passes_no_module_by(where: str) -> None:
+    """Hooks run, and what replaces or wraps a layer computes."""
+    encoder = tiny().eval()
+    images = torch.randn(2, 3, 8, 8)
+    seen = changed(encoder, where)
+    expected = encoder(images)[:, :1]
+    called = len(seen)
+    torch.testing.assert_close(encoder(images, class_token_only=True), expected)
+    assert len(seen) == 2 * called
+    assert called == (2 if where == "" or where.startswith(".") else 0)
+
+
 def class_token(encoder: Encoder, images: Tensor, *, alone: bool, **options: Any) -> list[Tensor]:
     """The class token after the final norm, [B, 1, D], and all gradients of a function of it."""
     tokens = encoder(images, class_token_only=alone, **options)

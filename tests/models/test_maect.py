@@ -308,3 +308,17 @@ def test_two_processes_take_the_step_of_one(
         assert alone["state.head.loss.queue.queue_id"][: RANKS * N].tolist() == [
             *range(50, 50 + RANKS * N)
         ]
+
+
+def test_fresh_weights_are_fp32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        models = build_pretrain(make_config(), ALONE), build_contrastive(make_config(), ALONE)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    plain = build_pretrain(make_config(), ALONE), build_contrastive(make_config(), ALONE)
+    for model, other in zip(models, plain, strict=True):
+        for name, value in model.state_dict().items():
+            assert value.dtype == other.state_dict()[name].dtype, name
+            assert torch.equal(value, other.state_dict()[name]), name

@@ -20,8 +20,8 @@ from maect_fast.data import Batch
 from maect_fast.models.encoder import Encoder
 from maect_fast.training.chunks import in_chunks
 from maect_fast.training.distributed import init_world
-from maect_fast.training.engine import _update
 from maect_fast.training.stages import StageState, build_stage, last_checkpoint
+from maect_fast.training.update import Update
 
 UPDATES = 3
 N = 10
@@ -86,8 +86,9 @@ def train(case: str, dtype: torch.dtype, *overrides: str) -> dict[str, Tensor]:
     for name, parameter in state.model.named_parameters():
         if parameter.requires_grad:
             keep(name, parameter)
+    make_update = Update(state, state.model, init_world("cpu"))
     for update, batch in enumerate(batches(state, dtype)):
-        outputs = _update(state, state.model, batch, init_world("cpu"))
+        outputs = make_update(batch)
         found |= {f"update {update}: {name}": value for name, value in outputs.items()}
     found |= dict(state.model.state_dict())
     if state.encoder_ema is not None:
@@ -194,7 +195,7 @@ def test_the_frozen_blocks_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return run_blocks(self, blocks, stream, class_token_only)
 
     monkeypatch.setattr(Encoder, "_run_blocks", count)
-    _update(state, state.model, next(batches(state, torch.float32)), init_world("cpu"))
+    Update(state, state.model, init_world("cpu"))(next(batches(state, torch.float32)))
     rows = [8, 8, 4]  # two views of 4, 4 and 2 images
     assert [n for i, n in calls if i == 0] == rows
     assert [n for i, n in calls if i == 1] == rows
@@ -253,20 +254,18 @@ def test_two_processes_with_chunks(recipes: dict[Stage, Path], tmp_path: Path) -
 
 def test_resume_with_chunks(recipes: dict[Stage, Path], tmp_path: Path) -> None:
     """Bit for bit where chunk_size stays, and it may change."""
-    from maect_fast.training import engine
-
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(tune(recipes, whole, "chunk_size=5")) == 0
-    update = engine._update
+    call = Update.__call__
 
-    def until_7(*arguments: Any) -> Any:
-        result = update(*arguments)
-        if arguments[0].update == 7:
+    def until_7(update: Update, batch: Batch) -> dict[str, Tensor]:
+        result = call(update, batch)
+        if update.state.update == 7:
             raise KeyboardInterrupt
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_update", until_7)
+        patch.setattr(Update, "__call__", until_7)
         assert main(tune(recipes, parts, "chunk_size=5", "save_minutes=0")) == 130
     assert load_checkpoint(last_checkpoint(parts))["update"] == 6
     other = tmp_path / "other"

@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
+from maect_fast.config import load_config
 from maect_fast.training.distributed import (
     SyncBatchNorm1d,
     World,
@@ -16,6 +18,8 @@ from maect_fast.training.distributed import (
     init_world,
     resolve_device,
 )
+from maect_fast.training.ranks import messages_of
+from maect_fast.training.stages import build_stage
 
 N, D, RANKS = 5, 7, 2
 
@@ -49,6 +53,48 @@ def run_batch_norm(norm: nn.BatchNorm1d, views: Tensor) -> dict[str, Tensor]:
     }
 
 
+def count_messages(world: World) -> list[int]:
+    """Collectives of an update of stage 3: gathers, sums, and all of the group with DDP's."""
+    config = load_config(
+        {
+            "stage": "tune",
+            "encoder": {
+                "img_size": 8,
+                "patch_size": 4,
+                "embed_dim": 16,
+                "depth": 2,
+                "num_heads": 2,
+            },
+            "head": {
+                "projector_hidden": 8,
+                "predictor_hidden": 8,
+                "output_dim": 8,
+                "queue_size": 50,
+            },
+        },
+        overrides=["head.target_ema=0.9", "frozen_blocks=1", "batch_size=8"],
+    )
+    group = world.group
+    assert group is not None
+    state = build_stage(config, world, total=9)
+    model = nn.parallel.DistributedDataParallel(state.model, broadcast_buffers=False)
+    # In the second update DDP agrees on its buckets anew.
+    for step in range(3):
+        views = torch.randn(2, 4, 3, 8, 8)
+        before = messages_of(group)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums:
+            gather = mock.patch.object(
+                dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor
+            )
+            with gather as gathers:
+                ids = torch.arange(4) + 4 * world.rank
+                torch.autograd.backward(model(views, step=step, sample_id=ids, label=ids)["loss"])
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+    all_messages = messages_of(group) - before
+    return [gathers.call_count, sums.call_count, all_messages]
+
+
 def rank_main(rank: int, port: int, folder: str) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -73,6 +119,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     x = torch.full((2, 3), float(rank), requires_grad=True)
     result["gathered"] = all_gather_rows(x, world.group)
     result["gathered_ids"] = all_gather_rows(torch.arange(2) + 10 * rank, world.group)
+    result["sent"] = torch.tensor(count_messages(world))
     torch.save(result, Path(folder) / f"{rank}.pt")
     close_world()
     assert not dist.is_initialized()
@@ -142,6 +189,15 @@ def test_rows_are_gathered_in_rank_order(ranks: list[dict[str, Tensor]]) -> None
         assert rank["gathered"].tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
         assert not rank["gathered"].requires_grad
         assert rank["gathered_ids"].tolist() == [0, 1, 10, 11]
+
+
+def test_an_update_sends_one_message_beside_sums(ranks: list[dict[str, Tensor]]) -> None:
+    """Neighbours, keys, ids and labels in one; the loss's sums; batch statistics; gradients."""
+    # A mean and a variance per norm and view: seven norms forward, those of the target alone
+    # without a backward.
+    statistics = 2 * 2 * (3 + 1 + 3) + 2 * 2 * (3 + 1)
+    for rank in ranks:
+        assert rank["sent"].tolist() == [1, statistics + 1, 1 + statistics + 1 + 1]
 
 
 def test_without_a_group_it_is_torchs_layer(whole: dict[str, Tensor]) -> None:

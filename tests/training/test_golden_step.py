@@ -5,9 +5,9 @@ two agree to rounding, so that any difference in the formulas shows; fp32 is wha
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,13 +15,15 @@ import transcription as paper
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from maect_fast import block as block_module
+from maect_fast.block import FusedBlock, Stream
 from maect_fast.checkpoint import save_checkpoint
 from maect_fast.config import Config, load_config
 from maect_fast.data import Batch
 from maect_fast.models.maect import ContrastiveModel, PretrainModel
 from maect_fast.training.distributed import init_world
-from maect_fast.training.engine import _update
 from maect_fast.training.stages import StageState, build_stage, last_checkpoint, start_weights
+from maect_fast.training.update import Update
 
 BATCH, TOTAL, WARMUP = 16, 12, 2
 FIRST = 1  # the three updates see the last warm-up rate, the peak and the first decayed rate
@@ -151,12 +153,12 @@ def official(module: nn.Module) -> paper.State:
     }
 
 
-def batches(precision: Precision) -> Iterator[Batch]:
-    """Three batches out of 24 images, each image in two noisy views; ids repeat, -1 is no label."""
+def batches(precision: Precision, count: int = 3) -> Iterator[Batch]:
+    """Batches out of 24 images, each image in two noisy views; ids repeat, -1 is no label."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(24, 3, 8, 8, generator=generator)
     labels = torch.randint(-1, 3, (24,), generator=generator)
-    for _ in range(3):
+    for _ in range(count):
         sample_id = torch.randint(24, (BATCH,), generator=generator)
         noise = torch.randn(2, BATCH, 3, 8, 8, generator=generator)
         views = (images[sample_id] + 0.5 * noise).to(precision.dtype)
@@ -201,7 +203,7 @@ def learning_rates(state: StageState) -> dict[str, dict[str, float]]:
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             part, _, name = names[id(parameter)].partition(".")
-            found.setdefault(part, {})[name] = group["lr"]
+            found.setdefault(part, {})[name] = float(group["lr"])
     return found
 
 
@@ -249,8 +251,9 @@ def run_contrastive(config: Config, precision: Precision) -> None:
     start = dict(encoder)
     moments = {part: paper.Moments() for part in ("encoder", "head", "decoder")}
     grads = watch_gradients(model)
+    make_update = Update(state, model, init_world("cpu"))
     for update, batch in enumerate(batches(precision), FIRST):
-        outputs = _update(state, model, batch, init_world("cpu"))
+        outputs = make_update(batch)
         masked = None
         if decoder is not None:
             masked = masked_pass(decoder, config, update, config.reconstruction_weight)
@@ -291,8 +294,9 @@ def test_stage_1(precision: Precision) -> None:
     encoder, decoder = official(model.encoder), official(model.decoder)
     moments = {"encoder": paper.Moments(), "decoder": paper.Moments()}
     grads = watch_gradients(model)
+    make_update = Update(state, model, init_world("cpu"))
     for update, batch in enumerate(batches(precision), FIRST):
-        outputs = _update(state, model, batch, init_world("cpu"))
+        outputs = make_update(batch)
         masked = masked_pass(decoder, config, update)
         expected = paper.pretrain_step(encoder, masked, moments, batch.views, settings, update)
         assert_same_update(state, outputs, grads, expected, tolerance)
@@ -300,13 +304,58 @@ def test_stage_1(precision: Precision) -> None:
         assert_same(official(model.decoder), decoder, tolerance, "decoder")
 
 
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Blocks take their fused path, by the ops' definitions; notes whether autograd is on."""
+    monkeypatch.setattr(block_module, "_place_obstacle", lambda x, dtype: None)
+    calls: list[bool] = []
+    advance = FusedBlock.advance
+
+    def noted(block: FusedBlock, *arguments: Any, keeps_bias: bool) -> Stream:
+        calls.append(torch.is_grad_enabled())
+        return advance(block, *arguments, keeps_bias=keeps_bias)
+
+    monkeypatch.setattr(FusedBlock, "advance", noted)
+    return calls
+
+
+def test_fifty_updates_on_fused_blocks(fused: list[bool]) -> None:
+    """In fp32 the loss stays within 1e-4 of the transcription's, through warm-up and decay."""
+    count = 50
+    config = tiny_config(STAGE3, FP32)
+    settings = replace(settings_of(config), total_updates=count, warmup_updates=count // 5)
+    state = build(config, FP32)
+    state.update, state.total = 0, count
+    model = state.model
+    assert isinstance(model, ContrastiveModel)
+    assert state.encoder_ema is not None
+    encoder, head = official(model.encoder), official(model.head)
+    average = official(state.encoder_ema.encoder)
+    moments = {part: paper.Moments() for part in ("encoder", "head")}
+    make_update = Update(state, model, init_world("cpu"))
+    losses = []
+    for update, batch in enumerate(batches(FP32, count)):
+        loss = make_update(batch)["loss"].item()
+        tensors = (batch.views, batch.sample_id, batch.label)
+        expected = paper.contrastive_step(
+            encoder, head, average, moments, tensors, settings, update
+        )
+        assert loss == pytest.approx(expected.loss.item(), rel=1e-4), f"update {update}"
+        losses.append(loss)
+    # The last of the four blocks runs for the class token alone, from its norm on.
+    assert fused == [False, False, True] * count
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
 def test_stage_3_starts_where_stage_2_ended(tmp_path: Path) -> None:
     """Encoder, head, statistics and queue go on; only the target projector is new: a true copy."""
     stage2 = build(tiny_config(STAGE2, FP32), FP32)
+    make_update = Update(stage2, stage2.model, init_world("cpu"))
     for batch in batches(FP32):
-        _update(stage2, stage2.model, batch, init_world("cpu"))
+        make_update(batch)
     stage2.update = TOTAL
-    save_checkpoint(last_checkpoint(tmp_path), stage2.state_dict())
+    saved = {**stage2.state_dict(), "config": {}, "random_states": []}
+    save_checkpoint(last_checkpoint(tmp_path), saved)
     stage3 = build(tiny_config(STAGE3, FP32, seed=6), FP32)
     start_weights(stage3, init=tmp_path)
     assert isinstance(stage2.model, ContrastiveModel)

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from maect_fast.checkpoint import load_checkpoint
 from maect_fast.cli import main
 from maect_fast.config import ConfigError, Stage, load_config
+from maect_fast.data import Batch
 from maect_fast.training import engine
 from maect_fast.training.distributed import World
 from maect_fast.training.stages import last_checkpoint
+from maect_fast.training.update import Update
 
 PRETRAIN = {"data", "tuned blocks", "decoder", "loss", "backward", "optimiser", "EMA", "other"}
 TUNE = PRETRAIN - {"decoder"} | {"frozen blocks", "head", "search", "enqueue"}
@@ -97,15 +100,15 @@ def test_a_window_counts_the_updates_of_the_whole_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    update = engine._update
+    call = Update.__call__
 
-    def update_then_term(*arguments: Any) -> Any:
-        result = update(*arguments)
-        if arguments[0].update in (5, 6, 16):
+    def update_then_term(update: Update, batch: Batch) -> dict[str, Tensor]:
+        result = call(update, batch)
+        if update.state.update in (5, 6, 16):
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(engine, "_update", update_then_term)
+    monkeypatch.setattr(Update, "__call__", update_then_term)
     told = []
     for window in ("4:6", "4:6", "7:9", "4:6"):
         assert run(recipes, "tune", tmp_path, f"profile={window}") == 0

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from maect_fast.checkpoint import load_checkpoint, save_checkpoint
 from maect_fast.cli import main
 from maect_fast.config import Stage
-from maect_fast.data import TensorSource
+from maect_fast.data import Batch, TensorSource
 from maect_fast.training.log import read_metrics
 from maect_fast.training.stages import last_checkpoint
+from maect_fast.training.update import Update
 
 TOTAL = 16
 
@@ -121,18 +123,16 @@ def test_resume_in_process_at_every_position(
     recipes: dict[Stage, Path], head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stop after 1, 2, ... updates, across epoch borders, and continue each time."""
-    from maect_fast.training import engine
-
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(tune(recipes["tune"], head, whole)) == 0
-    update = engine._update
+    call = Update.__call__
 
-    def update_then_term(*arguments: object) -> object:
-        result = update(*arguments)  # type: ignore[arg-type]
+    def update_then_term(update: Update, batch: Batch) -> dict[str, Tensor]:
+        result = call(update, batch)
         os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(engine, "_update", update_then_term)
+    monkeypatch.setattr(Update, "__call__", update_then_term)
     for done in range(1, TOTAL + 1):
         assert main(tune(recipes["tune"], head, parts)) == 0
         assert load_checkpoint(last_checkpoint(parts))["update"] == done

@@ -1,5 +1,6 @@
 """One process with batch 2n and two processes with n each are the same run."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,28 @@ def two_processes(arguments: list[str]) -> None:
         [*launcher, "-m", "maect_fast.cli", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def two_machines(arguments: list[str]) -> None:
+    """Two launchers that meet over the network, with one process each, as on two machines."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    meet = ["--rdzv-backend=c10d", "--rdzv-id=maect", f"--rdzv-endpoint=localhost:{port}"]
+    command = [*launcher, *meet, "-m", "maect_fast.cli", *arguments]
+    machines = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [machine.communicate(timeout=300)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(errors)
+
+
+@pytest.mark.slow
+def test_two_machines(recipes: dict[Stage, Path], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = ["data.source=digits", "batch_size=128", "epochs=1", "optim.eps=1e-2"]
+    command = ["tune", "--recipe", str(recipes["tune"]), "--from-scratch", *settings]
+    assert main([*command, "--out", str(one)]) == 0
+    two_machines([*command, "--out", str(two)])
+    assert_close_runs(one, two)
 
 
 @pytest.mark.parametrize("transposed", ["false", "true"])
