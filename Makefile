@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST_TRITON := $(CURDIR)/build/triton-newest
+# Compiled as pip leaves them: half of the command line's start where Python may not write bytecode.
+UV_OPTIONS := --quiet --compile-bytecode --python $(BIN)/python
 CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
 # Tests that share what is made once for them stay together.
 PYTEST := $(BIN)/python -m pytest -x -q --dist loadgroup
@@ -27,9 +29,9 @@ install: $(INSTALLED) ## make .venv and install the project into it, C++ library
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt \
+	$(BIN)/uv pip install $(UV_OPTIONS) -c constraints.txt \
 		torch 'setuptools>=77' wheel 'cmake>=3.25' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/uv pip install --quiet --python $(BIN)/python \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/uv pip install $(UV_OPTIONS) \
 		-c constraints.txt --no-build-isolation --reinstall-package maect-fast -e '.[dev]'
 	@$(BIN)/python -c "from maect_fast.kernels._common import cpp; print('C++ library:', cpp.status())"
 	@touch $@

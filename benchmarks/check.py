@@ -1,6 +1,5 @@
 """Is every op right on this device? Each against its definition in fp64, in seconds."""
 
-import importlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maect_fast.benchmarks.machine_code.cli import registered
+from maect_fast.benchmarks.machine_code.cli import launches_for, registered
 from maect_fast.benchmarks.ops import OPS
 from maect_fast.benchmarks.registry import OURS, Op, Outputs, Sizes, check_budget
 from maect_fast.benchmarks.run import dtype_name, first_line, gate
@@ -127,7 +126,7 @@ def launch_sizes(op: Op[Any], device: torch.device) -> list[Sizes]:
         return []
     major, minor = torch.cuda.get_device_capability(device)
     found: dict[tuple[int, ...], Sizes] = {}
-    for launch in importlib.import_module(module).machine_code(10 * major + minor):
+    for launch in launches_for(10 * major + minor, module):
         row = {op.row_letters.get(letter, letter): n for letter, n in launch.row.sizes.items()}
         if row.keys() >= set(op.letters):
             # Rows of several kernels, forward and backward, share their sizes.

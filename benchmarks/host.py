@@ -170,7 +170,7 @@ def stub_driver() -> Iterator[Callable[[], int]]:
         (folder / "libcuda.so").symlink_to(library)
         stack.enter_context(mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=str(folder)))
         stack.enter_context(mock.patch.object(driver, "_active", Driver()))
-        stack.enter_context(mock.patch.object(gpu, "_interprets", _yes))
+        stack.enter_context(mock.patch.object(gpu, "takes_cpu_tensors", _yes))
         stack.enter_context(mock.patch.object(gpu, "is_gpu", _yes))
         yield lambda: ctypes.c_long.in_dll(stub, "launches").value
 

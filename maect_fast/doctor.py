@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from maect_fast import __version__
-from maect_fast.benchmarks.machine_code.cli import registered
+from maect_fast.benchmarks.machine_code.cli import launches_for, registered
 from maect_fast.benchmarks.machine_code.ptxas import drops_work, ptxas_in_use
 from maect_fast.benchmarks.results import cpu_name
 from maect_fast.fuse import fuse, why_not
@@ -30,8 +30,7 @@ from maect_fast.kernels import (
 )
 from maect_fast.kernels._common import cpp
 from maect_fast.kernels._common.backend import Backend
-from maect_fast.kernels._common.gpu import nearest_table
-from maect_fast.kernels._common.launch import Launch, tables_in_use, triton_minor
+from maect_fast.kernels._common.launch import tables_in_use, triton_minor
 
 __all__ = ["report"]
 
@@ -171,11 +170,7 @@ def _launch_tables() -> str:
         return "none: Triton is missing"
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     arch = 10 * major + minor
-    # Devices with less shared memory take rows of sm_80.
-    table = 90 if nearest_table(arch) == 90 else 80
-    launches: list[Launch] = []
-    for name in registered():
-        launches += importlib.import_module(name).machine_code(table)
+    launches = [launch for name in registered() for launch in launches_for(arch, name)]
     # A row is launched in several variants.
     backings = {id(launch.row): launch.row.backing for launch in launches}.values()
     measured = sum(backing.startswith("measured") for backing in backings)

@@ -5,11 +5,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # cuBLAS repeats itself bitwise only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import importlib.util
 import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +26,42 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 from maect_fast.kernels._common import gpu  # noqa: E402 (Triton reads the variable above)
 
+
+def _let_the_interpreter_prepare_once() -> None:
+    """Triton 3.6 replaces the language's functions anew in every call of a device function.
+
+    Once per launch is enough, and most of the time of an interpreted kernel is saved.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    prepared: set[str] = set()
+
+    def patched(function: Any) -> Any:
+        modules = (language, language.core)
+        seen = {x.__name__ for x in function.__globals__.values() if x in modules}
+        if seen <= prepared:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        prepared.update(seen)
+        # Called at the end of a launch, of its own scope alone.
+        restore = scope.restore
+
+        def end() -> None:
+            restore()
+            prepared.clear()
+
+        scope.restore = end
+        return scope
+
+    interpreter._patch_lang = patched
+
+
 # Tests of single kernels pass the public functions by, which prepare the interpreter.
 gpu.obstacle(torch.empty(0))
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _let_the_interpreter_prepare_once()
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():

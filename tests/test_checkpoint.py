@@ -133,7 +133,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     save_checkpoint(path, state_of())
     expected = load_checkpoint(path)
-    assert_same(expected, {"format": 2, **state_of()})
+    assert_same(expected, {"format": 1, **state_of()})
     whole = path.read_bytes()
     moments = random.Random(0)
     told: list[str] = []
@@ -157,7 +157,7 @@ def test_one_bit_of_a_large_tensor(tmp_path: Path, position: int) -> None:
     save_checkpoint(path, {"values": values})
     start = path.read_bytes().index(values.numpy().tobytes())
     flip(path, start + position % (8 * 200_001), 7)
-    with pytest.raises(CheckpointError, match="tensors are damaged"):
+    with pytest.raises(CheckpointError, match="Bad CRC-32"):
         load_checkpoint(path)
     # This reads no tensors.
     assert peek_checkpoint(path)["values"].is_meta

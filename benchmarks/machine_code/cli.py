@@ -4,14 +4,17 @@ First the controls: launches that must pass and launches that must be refused. N
 """
 
 import argparse
+import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from maect_fast import kernels
+from maect_fast.kernels._common.gpu import nearest_table
+from maect_fast.kernels._common.launch import Launch
 
-__all__ = ["main", "registered"]
+__all__ = ["launches_for", "main", "registered"]
 
 KERNELS = Path(kernels.__file__).parent
 
@@ -40,6 +43,16 @@ def registered(folder: Path = KERNELS) -> list[str]:
     """Modules of the ops in a kernels/ folder that have Triton kernels."""
     found = sorted(folder.glob("*/triton_kernel.py"))
     return [f"maect_fast.kernels.{path.parent.name}.triton_kernel" for path in found]
+
+
+def launches_for(arch: int, module: str) -> Iterator[Launch]:
+    """What a module registers of the launches that a device of this architecture takes.
+
+    One with less shared memory takes rows of sm_80.
+    """
+    table = 90 if nearest_table(arch) == 90 else 80
+    found: Iterator[Launch] = importlib.import_module(module).machine_code(table)
+    return found
 
 
 def _why_not() -> str | None:

@@ -16,6 +16,7 @@ __all__ = [
     "obstacle",
     "sm_arch",
     "table_arch",
+    "takes_cpu_tensors",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,9 +30,9 @@ def obstacle(*tensors: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None."""
     for tensor in tensors:
         if tensor.device.type == "cpu":
-            if not _interprets():
+            if not takes_cpu_tensors():
                 return "runs on CUDA, got a tensor on cpu (TRITON_INTERPRET=1 interprets it there)"
-            if tensor.dtype == torch.bfloat16:
+            if tensor.dtype == torch.bfloat16 and _interprets():
                 return "is interpreted, where Triton gets bfloat16 wrong: give float32 or float16"
         elif tensor.device.type != "cuda" or torch.version.cuda is None:
             return f"runs on CUDA, got a tensor on {tensor.device}"
@@ -57,6 +58,11 @@ def current(tensor: Tensor) -> AbstractContextManager[None]:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def takes_cpu_tensors() -> bool:
+    """Whether launches may get tensors on the CPU; `bench host`, whose go nowhere, says so too."""
+    return _interprets()
 
 
 @functools.cache

@@ -211,7 +211,8 @@ def _loop(
                 if is_logged:
                     metrics = meter.read(state, loader.updates_per_epoch)
                     if not math.isfinite(metrics["loss"]):
-                        raise TrainingError(not_finite(state, batch.views, out, metrics["loss"]))
+                        what = f"the loss is {metrics['loss']}"
+                        raise TrainingError(not_finite(state, out, what))
                     log.write(metrics)
                 must_stop = is_due = False
                 # Ranks agree on what a signal or the clock asks for, which costs a host sync:
@@ -248,7 +249,7 @@ def _save(
     if world.rank != 0:
         return
     if not all(bool(p.isfinite().all()) for p in state.model.parameters()):
-        raise TrainingError(not_finite(state, None, out, math.nan))
+        raise TrainingError(not_finite(state, out, "weights are not finite"))
     random, meters = zip(*ranks, strict=True)
     content = {
         **state.state_dict(),

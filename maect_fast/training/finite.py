@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from maect_fast.checkpoint import CheckpointError
 from maect_fast.training.stages import StageState, matrix_dtype
@@ -22,23 +21,15 @@ def check_finite(state: StageState, source: Path | None) -> None:
             raise CheckpointError(f"{source or 'initial weights'}: {name} holds NaN or infinity")
 
 
-def not_finite(state: StageState, views: Tensor | None, out: Path, loss: float) -> str:
+def not_finite(state: StageState, out: Path, what: str) -> str:
     """Say what to do when the loss is not finite, or weights are not.
 
     Args:
-        state: of the run.
-        views: the last batch's. Pixels are bytes, so what is not finite there comes from settings,
-            which hold for every batch.
+        state: of the run. It started from finite weights, and settings leave images finite.
         out: run directory.
-        loss: average since the last line of metrics.
+        what: is not finite, in words.
     """
     config = state.config
-    if views is not None and not bool(views.isfinite().all()):
-        return (
-            f"the images are not finite at update {state.update}, and so the loss is {loss}; see "
-            "augment.mean, augment.std, augment.contrast and augment.noise"
-        )
-    what = f"the loss is {loss}" if views is not None else "weights are not finite"
     command = f"maect-fast {config.stage} --out {out} --change"
     lower = (
         f"{command} optim.encoder_lr={config.optim.encoder_lr / 2:g} "

@@ -165,7 +165,7 @@ def test_launch_rows_have_sizes_that_the_op_takes(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op = OPS[name]
-    for capability in ((8, 0), (9, 0)):
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, x=capability: x)
         found = launch_sizes(op, torch.device("cuda"))
         assert found
