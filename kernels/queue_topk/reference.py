@@ -149,15 +149,16 @@ def queue_topk(
             values[block], indices[block] = _search(unit, queue, k, block_id, queue_id)
     values = values.view(*batch, num_rows, k)
     indices = indices.view(*batch, num_rows, k)
+    never = torch.zeros((*batch, num_rows), dtype=torch.bool, device=query.device)
     if rank is None:
-        return TopK(values, indices)
+        return TopK(values, indices, searched_again=never)
     check_ranks(rank, k)
     chosen = rank.to(query.device).clamp(0, k - 1)
     picked = indices.gather(-1, chosen[..., None]).squeeze(-1)
     hit = None
     if query_label is not None and queue_label is not None:
         hit = (queue_label[picked] == query_label) & (query_label >= 0)
-    return TopK(values, indices, picked, queue[picked], hit)
+    return TopK(values, indices, picked, queue[picked], hit, never)
 
 
 def _search(
