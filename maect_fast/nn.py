@@ -155,6 +155,11 @@ class NNCLROutput(NamedTuple):
 
     Rows of this rank; 0 if there is no such pair. A health signal, no part of the loss.
     """
+    searched_again: Tensor
+    """Share of rows that a GPU had to search again: of time, not of results; 0 on the CPU.
+
+    Near 0 as long as features differ; own copies in a queue larger than the data set raise it, too.
+    """
 
 
 class NNCLRLoss(nn.Module):
@@ -230,6 +235,7 @@ class NNCLRLoss(nn.Module):
             )
         assert found.picked_index is not None
         assert found.picked_neighbour is not None
+        assert found.searched_again is not None
         columns = {"rows": projected[0], "sample_id": sample_id, "label": label}
         # Of the training batch: what enters the queue.
         entering = {name: x for name, x in columns.items() if self.training and x is not None}
@@ -257,4 +263,4 @@ class NNCLRLoss(nn.Module):
             with profile_range("enqueue"):
                 arrived = {name: x.wait() for name, x in zip(entering, others, strict=True)}
                 self.queue.enqueue(**arrived)
-        return NNCLROutput(loss, accuracy)
+        return NNCLROutput(loss, accuracy, found.searched_again.float().mean())

@@ -28,7 +28,13 @@ RANK = {
     "_common.triton": 0,
 }
 # Parts of an op's triton_kernel.py, each on the ones before.
-RANK |= {"triton_device": 1, "triton_queue": 1, "triton_score": 2, "triton_select": 3}
+RANK |= {
+    "triton_device": 1,
+    "triton_queue": 1,
+    "triton_score": 2,
+    "triton_exact": 3,
+    "triton_rank": 4,
+}
 RANK |= {"triton_rows": 1, "triton_forward": 2, "triton_backward": 2}
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
 TRITON_FILES = {name for name in RANK if name.startswith("triton_")}

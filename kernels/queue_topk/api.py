@@ -96,4 +96,6 @@ def queue_topk(
         return reference.queue_topk(query.detach(), queue.detach(), k, *tensors, rank)
     found = op.queue_topk(query.detach(), queue.detach(), k, *tensors, rank, draw, shadow, backend)
     # What was not asked for is an empty tensor, as an op cannot return None.
-    return TopK(*found[: 2 if pick is None else 4 if query_label is None else 5])
+    num_fields = 2 if pick is None else 4 if query_label is None else 5
+    missing = (None,) * (5 - num_fields)
+    return TopK(*found[:num_fields], *missing, found[5])

@@ -62,7 +62,7 @@ def _queue_topk_fake(
     draw: Sequence[Tensor],
     shadow: Sequence[Tensor],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     has_pick = rank is not None or len(draw) > 0
     return _allocate(query, queue, k, has_pick=has_pick, has_label=query_label is not None)
 
@@ -80,8 +80,8 @@ def queue_topk(
     draw: Sequence[Tensor],
     shadow: Sequence[Tensor],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five fields of TopK; those that were not asked for are empty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The six fields of TopK; those that were not asked for are empty.
 
     The pick is given as `rank`, drawn by `draw` (see `pick_arguments`), or not asked for. `shadow`
     has the fields of a Shadow, or nothing.
@@ -94,26 +94,26 @@ def queue_topk(
     planned = (query, queue, *ids_and_labels, rank, *shadow), (k, backend), scalars or (None,) * 4
     found = SEARCH.replay(*planned)
     if found is not None:
-        values, indices, index, neighbour, hit = found
-        return values, indices, index, neighbour, hit
+        values, indices, index, neighbour, hit, again = found
+        return values, indices, index, neighbour, hit, again
     if backend == "auto":
         backend = _choose(query, queue, k)
     if backend == "triton":
         launcher = partial(search_triton, query, queue, k, *ids_and_labels, rank, scalars, shadow)
-        values, indices, index, neighbour, hit = SEARCH.record(launcher, *planned)
-        return values, indices, index, neighbour, hit
+        values, indices, index, neighbour, hit, again = SEARCH.record(launcher, *planned)
+        return values, indices, index, neighbour, hit, again
     if draw:
         pick = reference.Pick(*map(torch.as_tensor, scalars))
         rank = draw_ranks(pick, query.shape[:-1], k, query.device)
     if backend == "cpp":
         return search_cpp(query, queue, k, *ids_and_labels, rank)
     result = reference.queue_topk(query, queue, k, *ids_and_labels, rank)
-    _, _, index, neighbour, hit = _allocate(query, queue, 0, has_pick=False, has_label=False)
+    _, _, index, neighbour, hit, again = _allocate(query, queue, 0, has_pick=False, has_label=False)
     if result.picked_index is not None and result.picked_neighbour is not None:
         index, neighbour = result.picked_index, result.picked_neighbour
     if result.label_hit is not None:
         hit = result.label_hit
-    return result.values, result.indices, index, neighbour, hit
+    return result.values, result.indices, index, neighbour, hit, again.zero_()
 
 
 def _scalars(draw: Sequence[Tensor]) -> tuple[Tensor | int, ...]:
@@ -135,7 +135,7 @@ def search_triton(
     rank: Tensor | None,
     draw: Sequence[Tensor | int],
     shadow: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op by the Triton kernels; `draw` has numbers or tensors."""
     from maect_fast.kernels.queue_topk import triton_kernel
 
@@ -172,7 +172,7 @@ def search_cpp(
     queue_label: Tensor | None,
     rank: Tensor | None,
     simd: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op by the inner loops called `simd`, which change its time and no bit of its result.
 
     Their names (`torch.ops.maect_fast.queue_topk_simd()`) tell the type in which candidates are
@@ -187,14 +187,16 @@ def search_cpp(
         for x in (query_id, queue_id, query_label, queue_label, rank)
     )
     torch.ops.maect_fast.queue_topk_cpp(
-        query.reshape(-1, query.shape[-1]), queue, k, *ids_and_labels, simd, *out
+        query.reshape(-1, query.shape[-1]), queue, k, *ids_and_labels, simd, *out[:5]
     )
+    # No certificate that could fail.
+    out[5].zero_()
     return out
 
 
 def _allocate(
     query: Tensor, queue: Tensor, k: int, *, has_pick: bool, has_label: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised results."""
     rows, dim = query.shape[:-1], queue.shape[1]
     dtype = torch.promote_types(torch.promote_types(query.dtype, queue.dtype), torch.float32)
@@ -204,6 +206,7 @@ def _allocate(
         query.new_empty(rows if has_pick else (0,), dtype=torch.int64),
         queue.new_empty((*rows, dim) if has_pick else (0,)),
         query.new_empty(rows if has_pick and has_label else (0,), dtype=torch.bool),
+        query.new_empty(rows, dtype=torch.bool),
     )
 
 

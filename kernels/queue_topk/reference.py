@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from maect_fast.kernels._common.philox import MASK32, philox4x32
 
@@ -27,6 +27,9 @@ EPS = 1e-12
 # Rows and queue entries that meet at a time: 8 MiB of fp32 scores, whatever n and Q.
 BLOCK_B = 128
 BLOCK_Q = 16384
+# Slots at a product's ragged edge are summed in another order than those before, so that equal rows
+# of the queue would score differently. With MKL, on one and two threads, 16 are not always enough.
+WHOLE_TILES = 64
 
 Scalar: TypeAlias = Tensor | int
 
@@ -90,6 +93,11 @@ class TopK(NamedTuple):
     """[.., D] in the queue's dtype, with `pick`: a copy of the drawn slot's row."""
     label_hit: Tensor | None = None
     """[..] bool, with `pick` and labels: the drawn slot has the query's label, which is >= 0."""
+    searched_again: Tensor | None = None
+    """[..] bool: rows of which rounded scores could not tell the first K, so that they took longer.
+
+    Never on the CPU, and not told by the reference.
+    """
 
 
 def draw_ranks(pick: Pick, shape: torch.Size, k: int, device: torch.device) -> Tensor:
@@ -141,15 +149,16 @@ def queue_topk(
             values[block], indices[block] = _search(unit, queue, k, block_id, queue_id)
     values = values.view(*batch, num_rows, k)
     indices = indices.view(*batch, num_rows, k)
+    never = torch.zeros((*batch, num_rows), dtype=torch.bool, device=query.device)
     if rank is None:
-        return TopK(values, indices)
+        return TopK(values, indices, searched_again=never)
     check_ranks(rank, k)
     chosen = rank.to(query.device).clamp(0, k - 1)
     picked = indices.gather(-1, chosen[..., None]).squeeze(-1)
     hit = None
     if query_label is not None and queue_label is not None:
         hit = (queue_label[picked] == query_label) & (query_label >= 0)
-    return TopK(values, indices, picked, queue[picked], hit)
+    return TopK(values, indices, picked, queue[picked], hit, never)
 
 
 def _search(
@@ -161,7 +170,7 @@ def _search(
     slots = torch.empty((len(unit), 0), dtype=torch.int64, device=unit.device)
     for start in range(0, len(queue), BLOCK_Q):
         block = slice(start, start + BLOCK_Q)
-        score = unit @ queue[block].to(unit.dtype).T  # [BLOCK_B, BLOCK_Q] fp32
+        score = _scores(unit, queue[block].to(unit.dtype))  # [BLOCK_B, BLOCK_Q] fp32
         # NaN and -inf rank below every score, own slots (-inf from here on) below these.
         score.nan_to_num_(nan=lowest, posinf=torch.inf, neginf=lowest)
         if row_id is not None and queue_id is not None:
@@ -176,6 +185,14 @@ def _search(
         values, slots = values[:, :k], slots[:, :k]
     own, unordered = values == -torch.inf, values == lowest
     return values.masked_fill(own, -1.0).masked_fill(unordered, -torch.inf), slots
+
+
+def _scores(unit: Tensor, rows: Tensor) -> Tensor:
+    """Products of unit rows with the queue's, equal for equal rows of it."""
+    num_slots = len(rows)
+    if num_slots % WHOLE_TILES:
+        rows = pad(rows, (0, 0, 0, -num_slots % WHOLE_TILES))
+    return (unit @ rows.T)[:, :num_slots]
 
 
 def _block_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,21 @@
 """Exact top-k in the ring buffer: launch tables and launchers of the search's three kernels.
 
-Letters as in `triton_select`. `_score_kernel` multiplies the queries with the queue's shadow and
-leaves each row the maxima of its groups of slots; `_select_kernel` finds the first K among them;
-`_finish_kernel` makes good where that was not enough and writes the results. The README says why
-these are exact however the shadow is rounded.
+Letters as in `triton_rank`. `_score_kernel` multiplies the queries with the queue's shadow and
+leaves each row the maxima of its groups of slots; `_rank_kernel` finds the first K among them and
+writes the results; `_rescue_kernel` makes good where that was not enough. The README says why these
+are exact however the shadow is rounded.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from maect_fast.kernels._common.launch import H200, Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
 from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.queue_topk import triton_queue, triton_score
 from maect_fast.kernels.queue_topk.triton_queue import (
@@ -23,49 +24,69 @@ from maect_fast.kernels.queue_topk.triton_queue import (
     make_shadow,
     padded_dim,
 )
-from maect_fast.kernels.queue_topk.triton_score import num_groups, score, span_of
-from maect_fast.kernels.queue_topk.triton_select import _finish_kernel, _select_kernel
+from maect_fast.kernels.queue_topk.triton_rank import VERDICT, _rank_kernel, _rescue_kernel
+from maect_fast.kernels.queue_topk.triton_score import (
+    AGAIN_FEATURES,
+    AGAIN_ROWS,
+    AGAIN_SLOTS,
+    MAX_PARTS,
+    num_groups,
+    score,
+    span_of,
+)
 
 __all__ = ["machine_code", "make_shadow", "search"]
 
-# Candidates of a row; more of them, and the row is searched by brute force.
-NUM_CANDIDATES = 512
-# By ascending K, which decides the length of a row's list.
-SELECT = tuple(
-    LaunchRow(
-        label=f"K up to {k}",
-        num_warps=num_warps,
-        num_stages=1,
-        blocks={"BLOCK_C": block_c, "BLOCK_D": block_d},
-        sizes={"B": 1024, "Q": 65_536, "D": 256, "K": k},
-        # Left alone, the assembler spills a little to fit one block more.
-        maxnreg=registers,
-        limits=Limits(registers=registers, blocks_per_sm=blocks_per_sm),
-        backing=f"measured: {microseconds} us at 512 rows, K {at_k}, alone, {H200}"
-        if microseconds
-        else "compiled",
+# By the shadow's type and ascending K: warps; C groups that are looked into, more of which send a
+# row to the rescue; N places of a row's list; and tiles.
+RANK_SHAPES = {
+    torch.float16: (
+        (20, 4, {"C": 64, "N": 128, "BLOCK_C": 8, "BLOCK_N": 16}),
+        (100, 8, {"C": 256, "N": 512, "BLOCK_C": 16, "BLOCK_N": 8}),
+        (200, 8, {"C": 512, "N": 1024, "BLOCK_C": 16, "BLOCK_N": 2}),
+    ),
+    # A margin 40 times as wide: up to 134 groups for 20 neighbours.
+    torch.int8: (
+        (20, 4, {"C": 256, "N": 128, "BLOCK_C": 8, "BLOCK_N": 16}),
+        (200, 8, {"C": 512, "N": 1024, "BLOCK_C": 16, "BLOCK_N": 2}),
+    ),
+}
+
+
+def _rows(dtype: torch.dtype, registers: int, num_stages: int, **limits: Any) -> list[LaunchRow]:
+    """A table with these shapes, for so many registers."""
+    return [
+        LaunchRow(
+            label=f"K up to {k}",
+            num_warps=num_warps,
+            num_stages=num_stages,
+            blocks=blocks,
+            sizes={"B": 1024, "Q": 65_536, "D": 256, "K": k},
+            maxnreg=registers,
+            limits=Limits(registers=registers, blocks_per_sm=warps // num_warps, **limits),
+        )
+        for k, num_warps, blocks in RANK_SHAPES[dtype]
+        for warps in (65_536 // 32 // registers // 4 * 4,)
+    ]
+
+
+# 16 warps of a multiprocessor, whose trips to memory overlap.
+RANK = {dtype: _rows(dtype, 128, 1) for dtype in RANK_SHAPES}
+RESCUE = {
+    dtype: _rows(
+        dtype,
+        255,
+        3,
+        # Three products for one: what fp32 keeps beside tf32. Tiles of 16 rows are for HMMA.
+        products=((AGAIN_ROWS.value, AGAIN_SLOTS.value, AGAIN_FEATURES.value),),
+        max_waste=3.0,
+        hmma=96,
     )
-    for k, block_c, num_warps, block_d, registers, blocks_per_sm, microseconds, at_k in (
-        (16, 16, 4, 32, 144, 3, 30, 1),
-        (32, 16, 4, 32, 144, 3, 62, 20),
-        (64, 32, 4, 32, 240, 2, 0, 0),
-        (128, 32, 8, 64, 240, 1, 316, 100),
-        (200, 32, 8, 64, 240, 1, 0, 0),
-    )
-)
-FINISH = LaunchRow(
-    label="any K",
-    num_warps=4,
-    num_stages=1,
-    maxnreg=128,
-    blocks={"BLOCK_Q": 32, "BLOCK_D": 32},
-    sizes={"B": 1024, "Q": 65_536, "D": 256, "K": 20},
-    limits=Limits(registers=128, blocks_per_sm=4),
-    backing=f"measured: 1.5 us at 512 rows that needed no search, alone, {H200}",
-)
-# Memory of a search: maxima and candidates of as many rows at a time as fit into so many bytes, and
-# of a queue without a shadow so many bytes of one at a time.
-ROW_BYTES = 15 << 20
+    for dtype in RANK_SHAPES
+}
+# Memory of a search: of as many rows at a time as fit into so many bytes, and of a queue without a
+# shadow so many bytes of one at a time.
+ROW_BYTES = 16_000_000
 SHADOW_BYTES = 64 << 20
 
 
@@ -80,9 +101,10 @@ def search(
     queue_label: Tensor | None,
     rank: Tensor | None,
     draw: Sequence[Tensor | int],
-    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     *,
-    select: LaunchRow | None = None,
+    rank_row: LaunchRow | None = None,
+    rescue_row: LaunchRow | None = None,
 ) -> None:
     """Fill `out`, the fields of TopK, of query [.., n, D] in queue [Q, D].
 
@@ -97,16 +119,19 @@ def search(
         queue_label: [Q].
         rank: [.., n], or None.
         draw: seed, step, view and row of a Pick, ints or 0-d, the row perhaps [n]; or empty.
-        out: values, indices, picked_index, picked_neighbour, label_hit.
-        select: row of the launch table; None takes that of `k`.
+        out: values, indices, picked_index, picked_neighbour, label_hit, searched_again.
+        rank_row: row of RANK; None takes that of the shadow and `k`.
+        rescue_row: row of RESCUE.
     """
     n, D = query.shape[-2:]
     Q = len(queue)
-    select = select or next(row for row in SELECT if k <= row.sizes["K"])
+    dtype = shadow[0].dtype if shadow else torch.float16
+    at = next(i for i, (most, *_) in enumerate(RANK_SHAPES[dtype]) if k <= most)
+    rank_row, rescue_row = rank_row or RANK[dtype][at], rescue_row or RESCUE[dtype][at]
     L = max(16, triton.next_power_of_2(k))
     rows = query.reshape(-1, D)
     values, indices = (x.view(-1, k) for x in out[:2])
-    picked, hit = out[2].view(-1), out[4].view(-1)
+    picked, hit, again = (out[i].view(-1) for i in (2, 4, 5))
     neighbour = out[3].view(-1, D)
     ranks = None if rank is None else rank.view(-1)
     seed, step, view, row = draw or (0, 0, 0, 0)
@@ -116,94 +141,104 @@ def search(
     part = Q if shadow else min(Q, max(1, tiles) * TILE.value)
     span = span_of(part)
     G = num_groups(part, span)
-    block = max(1, ROW_BYTES // (6 * G + 4 * NUM_CANDIDATES))
+    C, N = (rank_row.blocks[letter] for letter in "CN")
+    block = min(len(rows), max(1, ROW_BYTES // row_bytes(G, C, N)))
     # Of a queue in parts, one search's lists are where the next begins.
-    lists = rows.new_empty((2 if part < Q else 1, len(rows), L), dtype=torch.int64)
-    block = min(block, len(rows))
-    firsts = rows.new_empty(block * G, dtype=torch.float32)
-    seconds = torch.empty_like(firsts, dtype=torch.int16)
-    candidate = rows.new_empty((block, NUM_CANDIDATES), dtype=torch.int32)
-    verdict = rows.new_empty((block, 2), dtype=torch.float32)
+    lists = rows.new_empty((2, len(rows), L) if part < Q else (0, 0, 0), dtype=torch.int64)
+    scratch = rows.new_empty(block * row_bytes(G, C, N) + 8 * MAX_PARTS, dtype=torch.uint8)
+    entry, candidate, reach, firsts, seconds, verdict = _views(
+        scratch,
+        (block * N, torch.int64),
+        (block * 2 * C, torch.int32),
+        (2 * MAX_PARTS, torch.float32),
+        (block * G, torch.float32),
+        (block * G, torch.int16),
+        (block * VERDICT.value, torch.float32),
+    )
     for i, offset in enumerate(range(0, Q, part)):
         end = min(offset + part, Q)
-        copy, bound = shadow or make_shadow(queue[offset:end], torch.float16)
+        copy, bound = shadow or make_shadow(queue[offset:end], dtype)
         for start in range(0, len(rows), block):
             here = slice(start, min(start + block, len(rows)))
             x = rows[here]
             # The last part may have fewer groups.
             shape = len(x), num_groups(end - offset, span)
             first, second = (y[: math.prod(shape)].view(shape) for y in (firsts, seconds))
-            score(x, copy, bound, first, second, num_slots=end - offset, span=span)
-            before = lists[(i + 1) % 2, here] if i > 0 else None
-            launch(
-                _select_kernel,
-                (len(x),),
-                x,
-                queue,
-                query_id,
-                queue_id,
-                bound,
-                first,
-                second,
-                before,
-                lists[i % 2, here],
-                candidate,
-                verdict,
-                start,
-                n,
-                k,
-                offset,
-                end,
-                shape[1],
-                x.stride(0),
-                queue.stride(0),
-                D=D,
-                SPAN=span,
-                IS_INT8=copy.dtype == torch.int8,
-                L=L,
-                C=NUM_CANDIDATES,
-                BLOCK_G=triton.next_power_of_2(shape[1]),
-                **select.options,
+            num_parts = score(
+                x, copy, bound, first, second, reach, num_slots=end - offset, span=span
             )
-            launch(
-                _finish_kernel,
-                (len(x),),
-                x,
-                queue,
-                query_id,
-                queue_id,
-                query_label,
-                queue_label,
-                first,
-                before,
-                lists[i % 2, here],
+            ids_and_labels = (query_id, queue_id, query_label, queue_label)
+            results = (values[here], indices[here], picked[here], neighbour[here], hit[here])
+            lists_and_draw = (
+                lists[(i + 1) % 2, here] if i > 0 else None,
+                candidate,
+                entry,
+                lists[i % 2, here] if part < Q else None,
                 verdict,
                 None if ranks is None else ranks[here],
                 numbers,
-                values[here],
-                indices[here],
-                picked[here],
-                neighbour[here],
-                hit[here],
-                seed,
-                step,
-                view,
-                0 if numbers is not None else row,
-                start,
-                n,
-                k,
-                offset,
-                end,
-                shape[1],
-                x.stride(0),
-                queue.stride(0),
-                D=D,
-                SPAN=span,
-                IS_LAST=end == Q,
-                HAS_PICK=rank is not None or len(draw) > 0,
-                L=L,
-                **FINISH.options,
             )
+            sizes = (
+                *(seed, step, view, 0 if numbers is not None else row, start, n, k, offset, end),
+                *(shape[1], x.stride(0), queue.stride(0)),
+            )
+            constants = {
+                "D": D,
+                "SPAN": span,
+                "IS_LAST": end == Q,
+                "HAS_PICK": rank is not None or len(draw) > 0,
+                "L": L,
+                "BLOCK_G": triton.next_power_of_2(shape[1]),
+            }
+            launch(
+                _rank_kernel,
+                (len(x),),
+                x,
+                queue,
+                *ids_and_labels,
+                reach,
+                first,
+                second,
+                *lists_and_draw,
+                *results,
+                again[here],
+                num_parts,
+                *sizes,
+                IS_INT8=dtype == torch.int8,
+                BLOCK_P=triton.next_power_of_2(num_parts),
+                **constants,
+                **rank_row.options,
+            )
+            launch(
+                _rescue_kernel,
+                (len(x),),
+                x,
+                queue,
+                *ids_and_labels,
+                first,
+                second,
+                *lists_and_draw,
+                *results,
+                len(x),
+                *sizes,
+                **constants,
+                **rescue_row.options,
+            )
+
+
+def row_bytes(G: int, C: int, N: int) -> int:
+    """Memory of a row beside its results: maxima, candidates, list, verdict."""
+    num_bytes: int = 6 * G + 8 * C + 8 * N + 4 * VERDICT.value
+    return num_bytes
+
+
+def _views(memory: Tensor, *parts: tuple[int, torch.dtype]) -> Iterator[Tensor]:
+    """So many numbers of these types, one behind the other."""
+    begin = 0
+    for size, dtype in parts:
+        end = begin + size * dtype.itemsize
+        yield memory[begin:end].view(dtype)
+        begin = end
 
 
 def machine_code(arch: int) -> Iterator[Launch]:
@@ -212,16 +247,19 @@ def machine_code(arch: int) -> Iterator[Launch]:
     yield from triton_score.machine_code(arch)
     meta = partial(torch.empty, device="meta")
     ids = partial(meta, dtype=torch.int64)
-    for row in (*fitting(SELECT, arch), FINISH):
-        B, Q, D, K = (row.sizes[letter] for letter in "BQDK")
-        n = B // 2
-        out = (meta(2, n, K), ids(2, n, K), ids(2, n), meta(2, n, D), meta(2, n, dtype=torch.bool))
-        labels = (ids(n), ids(Q), ids(n), ids(Q))
-        draw: list[Tensor | int] = [3, ids(()), 0, n]
-        query, queue = meta(2, n, D, dtype=torch.bfloat16), meta(Q, D)
-        for dtype in (torch.float16, torch.int8):
+    for dtype in RANK_SHAPES:
+        for rank_row, rescue_row in zip(
+            fitting(RANK[dtype], arch), fitting(RESCUE[dtype], arch), strict=True
+        ):
+            B, Q, D, K = (rank_row.sizes[letter] for letter in "BQDK")
+            n = B // 2
             shadow = meta(Q, padded_dim(D), dtype=dtype), meta(Q // TILE.value, NUM_BOUNDS.value)
+            query, queue = meta(2, n, D, dtype=torch.bfloat16), meta(Q, D)
+            labels = (ids(n), ids(Q), ids(n), ids(Q))
+            draw: list[Tensor | int] = [3, ids(()), 0, n]
+            flags = partial(meta, 2, n, dtype=torch.bool)
+            out = (meta(2, n, K), ids(2, n, K), ids(2, n), meta(2, n, D), flags(), flags())
             arguments = (query, queue, shadow, K, *labels, None, draw, out)
-            kernel = _finish_kernel if row is FINISH else _select_kernel
-            call = partial(search, *arguments, select=None if row is FINISH else row)
-            yield Launch(kernel=kernel, row=row, call=call, variant=str(dtype)[6:])
+            call = partial(search, *arguments, rank_row=rank_row, rescue_row=rescue_row)
+            for kernel, row in ((_rank_kernel, rank_row), (_rescue_kernel, rescue_row)):
+                yield Launch(kernel=kernel, row=row, call=call, variant=str(dtype)[6:])

@@ -31,7 +31,7 @@ from maect_fast.kernels.queue_topk.triton_queue import (
     padded_dim,
 )
 
-__all__ = ["machine_code", "num_groups", "score", "span_of"]
+__all__ = ["MAX_PARTS", "machine_code", "num_groups", "score", "span_of"]
 
 # A thread owns the columns 8 i + c of an accumulator's row, so that the maxima of groups of every
 # eighth column never leave its registers.
@@ -105,6 +105,22 @@ def _round_unit(unit, largest, IS_INT8: tl.constexpr):
     return rounded
 
 
+@triton.jit
+def _keep_bounds(bound_ptr, reach_ptr, Q, SPAN: tl.constexpr):
+    """Store the largest bounds of the program's spans."""
+    num_tiles = tl.cdiv(tl.cdiv(Q, SPAN), tl.num_programs(1)) * (SPAN // TILE)
+    start = tl.program_id(1) * num_tiles
+    end = tl.minimum(start + num_tiles, tl.cdiv(Q, TILE))
+    furthest, longest = 0.0, 0.0
+    for t in tl.range(start, end, 64):
+        offs_t = t + tl.arange(0, 64)
+        bound_ptrs = bound_ptr + offs_t * NUM_BOUNDS
+        furthest = tl.maximum(furthest, tl.max(tl.load(bound_ptrs, offs_t < end, other=0.0)))
+        longest = tl.maximum(longest, tl.max(tl.load(bound_ptrs + 1, offs_t < end, other=0.0)))
+    tl.store(reach_ptr + tl.program_id(1) * 2, furthest)
+    tl.store(reach_ptr + tl.program_id(1) * 2 + 1, longest)
+
+
 @triton.jit(do_not_specialize=["B", "Q"])
 def _score_kernel(
     query_ptr,
@@ -112,6 +128,7 @@ def _score_kernel(
     bound_ptr,
     first_ptr,
     second_ptr,
+    reach_ptr,
     B,
     Q,
     num_groups,
@@ -129,7 +146,9 @@ def _score_kernel(
 
     A span of SPAN slots has STRIDE groups. Of each, `first` [B, G] fp32 is the largest score, with
     the number of its pair in the low bits, and `second` [B, G] int16 the upper half of an fp32
-    number not below the largest score of all other pairs. A tile has PARTS products.
+    number not below the largest score of all other pairs. A tile has PARTS products. `reach`
+    [programs, 2] gets the largest bounds of the spans: of a row's distance to its rounding, and of
+    its norm.
     """
     WIDTH: tl.constexpr = BLOCK_Q // PARTS
     COUNT: tl.constexpr = WIDTH // STRIDE // PAIR
@@ -199,6 +218,63 @@ def _score_kernel(
             place = offs_b[:, None] * num_groups + offs_g[None, :]
             tl.store(first_ptr + place, best, mask_b[:, None])
             tl.store(second_ptr + place, _upper_half(other), mask_b[:, None])
+    # Last, when the tiles' registers are free.
+    if tl.program_id(0) == 0:
+        _keep_bounds(bound_ptr, reach_ptr, Q, SPAN)
+
+
+# Rows that are scored again together, features whose products are summed in fp32, slots at a time.
+AGAIN_ROWS, AGAIN_FEATURES, AGAIN_SLOTS = tl.constexpr(16), tl.constexpr(32), tl.constexpr(64)
+# How far such a score may be from the exact one, next to the norms: the sum of AGAIN_FEATURES
+# products, what tf32x3 leaves out of each, and the normalised row's own rounding.
+AGAIN_ERROR = tl.constexpr(AGAIN_FEATURES * 2.0**-22 + 2.0**-19 + 2.0**-22)
+
+
+@triton.jit
+def _score_again(
+    query_ptrs,
+    queue_ptr,
+    first_ptrs,
+    second_ptrs,
+    norm,
+    mask_b,
+    offset,
+    end,
+    num_groups,
+    stride_qq,
+    D: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Maxima of rows [AGAIN_ROWS] as `_score_kernel` leaves them, from the fp32 rows themselves."""
+    COUNT: tl.constexpr = AGAIN_SLOTS // STRIDE // PAIR
+    MASK: tl.constexpr = SPAN // STRIDE // PAIR - 1
+    pair = tl.arange(0, COUNT * STRIDE) // STRIDE
+    offs_g = tl.arange(0, STRIDE)
+    for span in range(num_groups // STRIDE):
+        best = tl.full((AGAIN_ROWS, STRIDE), -INFINITY, tl.float32)
+        other = tl.full((AGAIN_ROWS, STRIDE), -INFINITY, tl.float32)
+        for tile in range(SPAN // AGAIN_SLOTS):
+            slot = offset + tl.cast(span, tl.int64) * SPAN + tile * AGAIN_SLOTS
+            slot += tl.arange(0, AGAIN_SLOTS)
+            mask = slot < end
+            # In fp64, lest the compiler lets the tensor cores add up all D: each sum of few
+            # products errs by their own norms, and these add up to that of the whole row.
+            score = tl.zeros((AGAIN_ROWS, AGAIN_SLOTS), tl.float64)
+            for d in range(0, D, AGAIN_FEATURES):
+                x = _load_slice(query_ptrs, mask_b, d, D, AGAIN_FEATURES)
+                c = _load_slice(queue_ptr + slot * stride_qq, mask, d, D, AGAIN_FEATURES)
+                unit = tl.div_rn(x, norm[:, None])
+                score += tl.dot(unit, tl.trans(c), input_precision="tf32x3").to(tl.float64)
+            # Beyond the end scores are 0, which as in the shadow's last tile only adds candidates.
+            pairs = score.to(tl.float32).reshape(AGAIN_ROWS, COUNT, PAIR, STRIDE)
+            key = tl.max(pairs, axis=2).reshape(AGAIN_ROWS, COUNT * STRIDE)
+            key = _tag(key, (pair + tile * COUNT)[None, :], MASK)
+            first, second = _first_two(key, AGAIN_ROWS, COUNT)
+            other = tl.maximum(tl.maximum(other, second), tl.minimum(best, first))
+            best = tl.maximum(best, first)
+        place = span * STRIDE + offs_g[None, :]
+        tl.store(first_ptrs[:, None] + place, best, mask_b[:, None])
+        tl.store(second_ptrs[:, None] + place, _upper_half(other), mask_b[:, None])
 
 
 # Scores stay in registers: shuffles and shared memory are for the maxima that are stored. Products
@@ -216,7 +292,7 @@ ANY_SHADOW = (
         blocks={"BLOCK_B": 64, "BLOCK_Q": 128, "PARTS": 4},
         archs=(80, 86),
         sizes={"B": 64, "Q": 65_536, "D": 256, "K": 20},
-        limits=Limits(registers=180, blocks_per_sm=1, products=4 * ((64, 32, 256),), **EPILOGUE),
+        limits=Limits(registers=184, blocks_per_sm=1, products=4 * ((64, 32, 256),), **EPILOGUE),
     ),
     LaunchRow(
         label="few rows",
@@ -225,7 +301,7 @@ ANY_SHADOW = (
         blocks={"BLOCK_B": 64, "BLOCK_Q": 128, "PARTS": 1},
         archs=(90,),
         sizes={"B": 64, "Q": 65_536, "D": 256, "K": 20},
-        limits=Limits(registers=218, blocks_per_sm=1, products=((64, 128, 256),), **EPILOGUE),
+        limits=Limits(registers=222, blocks_per_sm=1, products=((64, 128, 256),), **EPILOGUE),
         backing=f"measured: 12 us at 64 rows, alone, {H200}",
     ),
     LaunchRow(
@@ -235,7 +311,7 @@ ANY_SHADOW = (
         blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 4},
         archs=(80,),
         sizes={"B": 1024, "Q": 65_536, "D": 256, "K": 20},
-        limits=Limits(registers=180, blocks_per_sm=1, products=4 * ((128, 32, 256),), **EPILOGUE),
+        limits=Limits(registers=186, blocks_per_sm=1, products=4 * ((128, 32, 256),), **EPILOGUE),
     ),
     LaunchRow(
         label="128 rows",
@@ -244,7 +320,7 @@ ANY_SHADOW = (
         blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 1},
         archs=(90,),
         sizes={"B": 128, "Q": 65_536, "D": 256, "K": 20},
-        limits=Limits(registers=208, blocks_per_sm=1, products=((128, 128, 256),), **EPILOGUE),
+        limits=Limits(registers=212, blocks_per_sm=1, products=((128, 128, 256),), **EPILOGUE),
         backing=f"measured: 53 us at 512 rows, alone, {H200}",
     ),
 )
@@ -282,9 +358,11 @@ WIDE = (
         blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 1},
         archs=(90,),
         sizes={"B": 4096, "Q": 65_536, "D": 1280, "K": 20},
-        limits=Limits(registers=248, blocks_per_sm=1, products=2 * ((128, 128, 128),)),
+        limits=Limits(registers=252, blocks_per_sm=1, products=2 * ((128, 128, 128),)),
     ),
 )
+# Programs that share the queue, at most: a row reads the bounds of each.
+MAX_PARTS = 512
 # So many groups per row, up to twice as many: enough to tell the first 200 slots apart.
 FEWEST_GROUPS = 1024
 
@@ -309,18 +387,23 @@ def score(
     bound: Tensor,
     first: Tensor,
     second: Tensor,
+    reach: Tensor,
     *,
     num_slots: int,
     span: int,
     row: LaunchRow | None = None,
-) -> None:
-    """Fill first [B, G] fp32 and second [B, G] int16 for query [B, D], rows of any norm."""
+) -> int:
+    """Fill first [B, G] fp32 and second [B, G] int16 for query [B, D], rows of any norm.
+
+    Returns:
+        How many rows of reach [MAX_PARTS, 2] hold the largest bounds of a part of the slots.
+    """
     B, D = query.shape
     row = row or _launch_row(B, D, table_arch(query.device), shadow.dtype)
     width = padded_dim(D)
     grid_b = triton.cdiv(B, row.blocks["BLOCK_B"])
     blocks = num_multiprocessors(query.device) * row.limits.blocks_per_sm
-    grid_q = max(1, min(blocks // grid_b, triton.cdiv(num_slots, span)))
+    grid_q: int = max(1, min(blocks // grid_b, triton.cdiv(num_slots, span), MAX_PARTS))
     launch(
         _score_kernel,
         (grid_b, grid_q),
@@ -329,6 +412,7 @@ def score(
         bound,
         first,
         second,
+        reach,
         B,
         num_slots,
         first.shape[1],
@@ -340,6 +424,7 @@ def score(
         BLOCK_D=width if width <= WIDEST else SLICE,
         **row.options,
     )
+    return grid_q
 
 
 def _launch_row(B: int, D: int, arch: int, dtype: torch.dtype) -> LaunchRow:
@@ -359,6 +444,6 @@ def machine_code(arch: int) -> Iterator[Launch]:
             bound = meta(Q // TILE.value, NUM_BOUNDS.value)
             shadow = meta(Q, padded_dim(D), dtype=dtype)
             query = meta(B, D, dtype=torch.bfloat16)
-            arguments = (query, shadow, bound, first, second)
+            arguments = (query, shadow, bound, first, second, meta(MAX_PARTS, 2))
             call = partial(score, *arguments, num_slots=Q, span=span, row=row)
             yield Launch(kernel=_score_kernel, row=row, call=call, variant=str(dtype)[6:])

@@ -75,7 +75,7 @@ class NNCLRHead(nn.Module):
             label: [n] int64, -1 where unknown; for the metric only.
 
         Returns:
-            loss and nn_accuracy, 0-d.
+            loss, nn_accuracy and searched_again, 0-d.
         """
         with profile_range("head"):
             # One pass per view: batch statistics belong to one view, running statistics advance in

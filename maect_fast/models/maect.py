@@ -192,18 +192,20 @@ class ContrastiveModel(nn.Module):
             label: [n] int64, -1 where unknown; for the metric only.
 
         Returns:
-            "loss" and "nn_accuracy", 0-d; with a decoder also the parts "contrastive" and
+            "loss" and the signals of `NNCLROutput`, 0-d; with a decoder also "contrastive" and
             "reconstruction".
         """
         pooled = self.pooled(views).view(*views.shape[:2], -1)  # [V, n, D] fp32
-        output = self.head(pooled, step=step, sample_id=sample_id, label=label)
+        outputs: dict[str, Tensor] = self.head(
+            pooled, step=step, sample_id=sample_id, label=label
+        )._asdict()
         if self.decoder is None:
-            return {"loss": output.loss, "nn_accuracy": output.nn_accuracy}
+            return outputs
         reconstruction = _masked_loss(self, self.decoder, views, step)
         return {
-            "loss": output.loss + self.reconstruction_weight * reconstruction,
-            "nn_accuracy": output.nn_accuracy,
-            "contrastive": output.loss.detach(),
+            **outputs,
+            "loss": outputs["loss"] + self.reconstruction_weight * reconstruction,
+            "contrastive": outputs["loss"].detach(),
             "reconstruction": reconstruction.detach(),
         }
 

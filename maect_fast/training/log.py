@@ -110,6 +110,8 @@ class RunLog:
         shown = {"loss": f"{metrics['loss']:.4f}"}
         if "nn_accuracy" in metrics:
             shown["nn_accuracy"] = f"{metrics['nn_accuracy']:.3f}"
+        if metrics.get("searched_again", 0) > 0:
+            shown["searched_again"] = f"{metrics['searched_again']:.0%}"
         shown["images/s"] = f"{metrics['images_per_second']:.0f}"
         self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable:

@@ -112,7 +112,7 @@ def test_contrastive_pools_both_views_of_one_pass() -> None:
     model.encoder.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     outputs = model(**batch, step=2)
     assert calls == [2 * RANKS * N]
-    assert list(outputs) == ["loss", "nn_accuracy"]
+    assert list(outputs) == ["loss", "nn_accuracy", "searched_again"]
     pooled = torch.stack([pool(model.encoder(view), "mean_patch") for view in batch["views"]])
     expected = model.head(pooled, step=2, sample_id=batch["sample_id"], label=batch["label"])
     torch.testing.assert_close(outputs["loss"], expected.loss)
@@ -176,7 +176,9 @@ def test_added_reconstruction_loss() -> None:
     assert model.decoder is not None
     pretrain.decoder.load_state_dict(model.decoder.state_dict())
     outputs = model(**make_batch(), step=3)
-    assert list(outputs) == ["loss", "nn_accuracy", "contrastive", "reconstruction"]
+    assert list(outputs) == [
+        *("loss", "nn_accuracy", "searched_again", "contrastive", "reconstruction")
+    ]
     alone = build_contrastive(make_config(stage="tune"), ALONE).eval()
     alone.load_state_dict({k: v for k, v in model.state_dict().items() if "decoder." not in k})
     torch.testing.assert_close(outputs["contrastive"], alone(**make_batch(), step=3)["loss"])
