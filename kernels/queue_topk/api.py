@@ -97,5 +97,5 @@ def queue_topk(
     found = op.queue_topk(query.detach(), queue.detach(), k, *tensors, rank, draw, shadow, backend)
     # What was not asked for is an empty tensor, as an op cannot return None.
     num_fields = 2 if pick is None else 4 if query_label is None else 5
-    missing = (None,) * (5 - num_fields)
-    return TopK(*found[:num_fields], *missing, found[5])
+    asked_for = [*found[:num_fields], *[None] * (5 - num_fields)]
+    return TopK(*asked_for, searched_again=found[5])
