@@ -1,5 +1,7 @@
 """Public function: exact nearest-neighbour search in a ring buffer."""
 
+from typing import Any
+
 from torch import Tensor
 
 from maect_fast.kernels._common import cpp
@@ -95,7 +97,7 @@ def queue_topk(
             rank = reference.draw_ranks(pick, query.shape[:-1], k, query.device)
         return reference.queue_topk(query.detach(), queue.detach(), k, *tensors, rank)
     found = op.queue_topk(query.detach(), queue.detach(), k, *tensors, rank, draw, shadow, backend)
-    # What was not asked for is an empty tensor, as an op cannot return None.
+    # What was not asked for is an empty tensor: an op cannot return None.
     num_fields = 2 if pick is None else 4 if query_label is None else 5
-    asked_for = [*found[:num_fields], *[None] * (5 - num_fields)]
-    return TopK(*asked_for, searched_again=found[5])
+    asked_for: list[Any] = [*found[:num_fields], *(None,) * (5 - num_fields)]
+    return TopK(*asked_for, found[5])

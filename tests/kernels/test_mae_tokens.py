@@ -700,7 +700,11 @@ ROWS = torch.zeros(2, 3, 48)
     ("call", "error", "message"),
     [
         (lambda: gather_patches(IMAGES, IDS, 5), ValueError, r"images: .*multiples.* 5, got \[2"),
-        (lambda: gather_patches(IMAGES, IDS, 0), ValueError, "patch_size: expected 1 or more, got 0"),
+        (
+            lambda: gather_patches(IMAGES, IDS, 0),
+            ValueError,
+            "patch_size: expected 1 or more, got 0",
+        ),
         (lambda: gather_patches(IMAGES[0], IDS, 4), ValueError, r"images: expected \[B, C, H, W\]"),
         (lambda: gather_patches(IMAGES.byte(), IDS, 4), TypeError, "images: expected floats"),
         (lambda: gather_patches(IMAGES, IDS[:1], 4), ValueError, r"ids: expected shape \[2, any\]"),
