@@ -18,7 +18,6 @@ made again by the kernels of their backward.
 
 import functools
 from collections.abc import Iterable
-from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -147,7 +146,9 @@ def run_blocks(blocks: Iterable[nn.Module], stream: Stream) -> Stream:
     left = list(blocks)
     while left:
         # Behind a fused block the stream is as before it, as far as obstacles go.
-        fused: list[Any] = list(takewhile(functools.partial(_is_fused, stream.r), left))
+        fused: list[Any] = []
+        while len(fused) < len(left) and _is_fused(stream.r, left[len(fused)]):
+            fused.append(left[len(fused)])
         copies = _cast(fused, stream.r)
         for block in fused:
             stream = block.advance(stream, copies, keeps_bias=True)

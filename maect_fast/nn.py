@@ -86,14 +86,14 @@ class FeatureQueue(nn.Module):
         return QueueState(self.queue, self.queue_y, self.queue_id, self.queue_ptr, self._shadow)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the buffers; a conversion of the whole model leaves the rows in fp32.
+        """Move the buffers; a conversion of the whole model to halves leaves the rows as they are.
 
         Half-precision rows would be rounded anew with every update, and the shadow holds rounded
         ones already.
         """
         rows = self.queue
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.queue.dtype != rows.dtype:
+        if self.queue.dtype.itemsize < torch.float32.itemsize:
             self.queue = rows.to(self.queue.device)
         _renew_shadow(self)
         return self

