@@ -135,7 +135,7 @@ class FeatureQueue(nn.Module):
 def _renew_shadow(queue: FeatureQueue, _: object = None) -> None:
     """Round the queue anew, after it was moved or loaded."""
     # `load_state_dict(assign=True)` takes whatever dtype it is given.
-    queue.queue = queue.queue.float()
+    queue.queue = queue.queue.to(torch.promote_types(queue.queue.dtype, torch.float32))
     queue._shadow = None
     if _is_on_gpu(queue.queue):
         queue._shadow = with_shadow(queue.state, dtype=queue.shadow_dtype).shadow
