@@ -49,7 +49,6 @@ __all__ = [
     "FusedBlock",
     "Stream",
     "has_global_hooks",
-    "is_bare",
     "layout_obstacle",
     "normed",
     "obstacle",
@@ -346,12 +345,8 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     if known is not None and known[0] == of:
         return known[1]
     made = quantize_rows(x.detach())
-    # What a graph is captured of has no value yet; inference tensors have no version, and fake ones
-    # have neither value nor, without a driver, a stream.
-    is_fake = isinstance(x, FakeTensor)
-    if not (
-        is_fake or x.is_inference() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    ):
+    # What a capture makes has no value until the graph runs.
+    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         _QUANTIZED[x] = (of, made)
     return made
 

@@ -263,8 +263,6 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"--init: {stage} starts from the stage before (or give --from-scratch for a control)"
         )
-    if options.init is not None and stage != "pretrain" and options.from_scratch:
-        raise ConfigError("--from-scratch: expected without --init, whose weights it would not use")
     decoder = options.decoder if stage == "tune" else None
     if decoder is not None and config.reconstruction_weight == 0:
         raise ConfigError("--decoder: expected with reconstruction_weight above 0, which uses it")

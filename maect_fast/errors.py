@@ -43,6 +43,7 @@ def explain(error: Exception) -> str | None:
         name = "" if error.filename is None else f"{error.filename}: "
         remedy = REMEDIES.get(error.errno)
         return f"{name}{error.strerror}" + ("" if remedy is None else f"; {remedy}")
+    # By names, as the libraries of these errors need not be loaded, or there.
     if type(error).__name__ == "OutOfMemoryError":
         return f"the GPU's memory is used up; {SMALLER} ({text})"
     if isinstance(error, MemoryError) or any(part in text for part in NO_CPU_MEMORY):

@@ -1,4 +1,4 @@
-"""Where NaN and infinity come from: weights, images, or a run that diverges."""
+"""Where NaN and infinity come from: weights that a run starts from, or its divergence."""
 
 from pathlib import Path
 
