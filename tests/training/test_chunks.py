@@ -208,9 +208,7 @@ def test_a_wrong_size_is_one_line(
     command = ["pretrain", "--recipe", str(recipes["pretrain"]), "--out", str(tmp_path / "run")]
     assert main([*command, "chunk_size=-1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == (
-        "maect-fast pretrain: chunk_size: expected images per chunk, 0 or null for one pass, got -1"
-    )
+    assert line == ("maect-fast pretrain: chunk_size: expected a number in [0, 16777216], got -1")
     with pytest.raises(ConfigError, match=r"^chunk_size: "):
         load_config(overrides=["chunk_size=many"])
 

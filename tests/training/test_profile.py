@@ -148,7 +148,6 @@ def test_a_window_that_is_none(text: str) -> None:
 def test_yaml_does_not_count_in_base_60() -> None:
     """YAML 1.1 reads 10:20 as 10 * 60 + 20."""
     assert load_config(overrides=["profile=10:20"]).profile == "10:20"
-    assert load_config(overrides=["profile='10:20'"]).profile == "10:20"
     assert load_config(overrides=["profile="]).profile is None
 
 

@@ -24,13 +24,13 @@ PROGRAM = """
 import os, sys, time
 from maect_fast.cli import main
 from maect_fast.data import DataError
-from maect_fast.training.stages import StageState
+from maect_fast.training.update import Update
 
 rank, fault = int(os.environ["RANK"]), sys.argv.pop(1)
-apply_gradients = StageState.apply_gradients
+update = Update.__call__
 
-def go_wrong(state):
-    apply_gradients(state)
+def go_wrong(self, batch):
+    outputs, state = update(self, batch), self.state
     if state.update == 20:
         os.write(1, f"{rank} {os.getpid()}\\n".encode())
     if rank == 1 and state.update == 25:
@@ -40,8 +40,9 @@ def go_wrong(state):
             raise ZeroDivisionError("an error of ours")
         if fault == "hangs":
             time.sleep(600)
+    return outputs
 
-StageState.apply_gradients = go_wrong
+Update.__call__ = go_wrong
 sys.exit(main())
 """
 
