@@ -214,6 +214,8 @@ class RankWatch:
         for key in self._keys:
             # So that reading does not wait for who is not here yet.
             self._store.compare_set(key, "", "null")
+        # At once: who is here and dies is not one that never came.
+        self._tell()
         self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
         self._thread.start()
 
