@@ -101,6 +101,8 @@ def test_values_against_fp64(
     backend: Any,
     device: torch.device,
 ) -> None:
+    if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bf16 arithmetic")
     query = (3 * unit_rows(*batch, n, D, seed=1)).to(device, dtype)
     queue = unit_rows(Q, D, device=device, seed=2)
     found = queue_topk(query, queue, k=k, backend=backend)
