@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from maect_fast.kernels._common.gpu import num_multiprocessors, table_arch
-from maect_fast.kernels._common.launch import H200, Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
 from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.info_nce.triton_device import (
     bwd_kernel,
@@ -33,7 +33,8 @@ __all__ = [
 # 512 and D 256 these are 16 parts, which give an H100 two programs per multiprocessor where six
 # parts, which were timed, left it one at most. That it pays is predicted, not timed.
 MAX_PARTS = 16 << 17
-# Rows with losses that one program closes: eight of a program's blocks.
+# Rows with losses that one program closes: four blocks, one after the other. Of more than one
+# program, another launch adds up the sums.
 MAX_OWN = 4096
 
 
@@ -107,7 +108,6 @@ BACKWARD = {
             archs=(90,),
             D=256,
             registers=252,
-            backing=f"measured: 18 us at 512 x 4,096 in 6 parts instead of 16, alone, {H200}",
         ),
         _row("half", (64, 64, 256, 256), archs=(80,), D=256, warps=8, registers=168, blocks=1),
         _row("wide", (64, 64, 128, 128), archs=(90,), D=1024, registers=255),
