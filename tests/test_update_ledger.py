@@ -31,7 +31,7 @@ from maect_fast.training.update import Update
 META = torch.device("meta")
 BOUND = 650
 # Kernels behind an op of ours that reaches the dispatcher once, beside those of a block.
-OURS = LAUNCHES | {"queue_topk": 3, "queue_enqueue": 2, "info_nce_fwd": 3, "info_nce_bwd": 3}
+OURS = LAUNCHES | {"queue_topk": 3, "queue_enqueue": 2, "info_nce_fwd": 2, "info_nce_bwd": 2}
 # Of PyTorch's lists: tensors and chunks of 65,536 numbers that one launch takes, by how many lists
 # it reads or writes (MultiTensorApply.cuh, built with CUDA 13 as PyTorch's wheels are).
 LISTS = {"_foreach_add_": 1, "_foreach_copy_": 2, "_foreach_lerp_": 2, "_fused_adamw_": 4}

@@ -99,7 +99,7 @@ OP: Op[Inputs] = Op(
     check=lambda x, found, eager, truth: check_budget(found, eager, truth),
     num_bytes=_num_bytes,
     num_flops=_num_flops,
-    row_letters={"n": "B", "R": "N"},
+    row_letters={"n": "B", "P": "N"},
 )
 
 
@@ -188,7 +188,7 @@ def ours(x: Inputs, mode: str) -> Call:
         # positive is elsewhere, that is one of the others' columns, with the logit 0.
         B, N = predicted.shape[1], neighbour.shape[1]
         inputs = predicted.detach(), neighbour, temperature
-        row_max, row_sum, positive = op.row_stats(*inputs, 0, False, False, "auto")
+        row_max, row_sum, positive, inverse = op.row_stats(*inputs, 0, False, False, "auto")
         others = _others_sum(row_sum[0], N, B)
         others[:, B:] -= 1
         zero = torch.zeros_like(others)
@@ -197,12 +197,10 @@ def ours(x: Inputs, mode: str) -> Call:
             for parts, one in ((row_max, zero), (row_sum, others.clamp_min(0)))
         )
         of_all = F.pad(positive, (0, N - B))
-        _, lse, weight, normaliser = op.finish(row_max, row_sum, of_all, "auto")
-        elsewhere = lse[:, B:].sum() / (2 * B)
-        row_loss = lse[:, :B] - positive + elsewhere
-        constants = neighbour, weight[:, :B], normaliser, None, 0, 1, "auto"
-        loss: Tensor = op.mean_loss(predicted, temperature, row_loss, *constants)
-        return loss
+        _, lse, weight, normaliser = op.finish(row_max, row_sum, of_all, 0, N, "auto")
+        mean = (lse.sum() - positive.sum()) / (2 * B)
+        constants = neighbour, weight[:, :B], normaliser, None, 0, 2 * B, 1, "auto"
+        return op.mean_loss(mean, predicted, inverse, temperature, *constants)
 
     return _by_columns(x, mode, whole if x.is_square else share)
 

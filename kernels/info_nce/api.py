@@ -48,8 +48,7 @@ def info_nce(
         group: ranks that share their columns; n must be equal on all. None: no communication.
         transposed: rows are predictions and columns neighbours instead.
         backend: "auto" is "triton" on CUDA for D in 16, 32, .. 1024 and "cpp" on the CPU, else
-            "reference". Products of half predictions may round normalised predictions and
-            neighbours to their dtype.
+            "reference". Factors of half predictions' products may be rounded to their dtype.
 
     Returns:
         0-d, fp32 (fp64 for fp64 predictions); at least fp32 inside. It has no second derivative.

@@ -1,7 +1,7 @@
 """Registration of the loss with torch.library, and what it is made of, on one or many ranks.
 
-Statistics of the softmax's rows, then the rows' losses, then their mean, which has the gradient.
-Between the first two the ranks add up their sums; nothing is sent in the backward pass.
+Statistics of the softmax's rows, then the rows' losses and their mean, which has the gradient.
+Between the two the ranks add up their sums; nothing is sent in the backward pass.
 """
 
 import math
@@ -79,13 +79,13 @@ def _rows_fake(
     transposed: bool,
     online: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_views, num_rows, _ = predicted.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    V, n, _ = predicted.shape
     dtype = torch.promote_types(predicted.dtype, torch.float32)
-    loss, lse, positive, weight = (
-        predicted.new_empty((num_views, num_rows), dtype=dtype) for _ in range(4)
-    )
-    return loss, lse, positive, weight, loss.new_empty((2, num_views, num_rows))
+    lse, positive, weight = (predicted.new_empty((V, n), dtype=dtype) for _ in range(3))
+    normaliser = lse.new_empty((2, V, n))
+    inverse = _inverse_fake(predicted, neighbour, backend)
+    return lse.new_empty(()), lse, positive, weight, normaliser, inverse
 
 
 @operator("info_nce_fwd", fake=_rows_fake)
@@ -97,8 +97,8 @@ def row_losses(
     transposed: bool,
     online: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, positive, weight, normaliser of as many softmax rows as there are predictions.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mean, lse, positive, weight, normaliser, inverse of as many softmax rows as predictions.
 
     `row_stats` and `finish` in one, where no rank has a say between them.
     """
@@ -108,16 +108,33 @@ def row_losses(
     if found is None:
         chosen = _choose(backend, predicted, neighbour)
         if chosen != "triton":
-            inputs = (predicted, neighbour, temperature, first, transposed)
-            stats = row_stats_cpp(*inputs) if chosen == "cpp" else reference.row_stats(*inputs)
+            stats = _row_stats(chosen, predicted, neighbour, temperature, first, transposed)
             loss, lse, weight, normaliser = reference.finish(*stats)
-            return loss, lse, stats[2], weight, normaliser
+            return loss.mean(), lse, stats[2], weight, normaliser, lse.new_empty(0)
         launcher = partial(
             _triton().row_losses, predicted, neighbour, scalar, first, transposed, online
         )
         found = ROWS.record(launcher, *planned)
-    loss, lse, positive, weight, normaliser = found
-    return loss, lse, positive, weight, normaliser
+    mean, lse, positive, weight, normaliser, inverse = found
+    return _total(mean), lse, positive, weight, normaliser, inverse
+
+
+def _row_stats(chosen: str, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """By the reference or C++."""
+    return row_stats_cpp(*inputs) if chosen == "cpp" else reference.row_stats(*inputs)
+
+
+def _total(mean: Tensor) -> Tensor:
+    """Of what several programs added up."""
+    return mean.sum() if mean.ndim else mean
+
+
+def _inverse_fake(predicted: Tensor, neighbour: Tensor, backend: str) -> Tensor:
+    """1 / norm of the predictions, if the kernels take it in their backward."""
+    V, n, _ = predicted.shape
+    dtype = torch.promote_types(predicted.dtype, torch.float32)
+    shape = (V, n) if _choose(backend, predicted, neighbour) == "triton" else (0,)
+    return predicted.new_empty(shape, dtype=dtype)
 
 
 def _row_stats_fake(
@@ -128,11 +145,13 @@ def _row_stats_fake(
     transposed: bool,
     online: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_neighbours, num_parts = neighbour.shape[1], 1
     if _choose(backend, predicted, neighbour) == "triton":
         num_parts = _triton().num_parts(predicted, num_neighbours, transposed)
-    return _allocate(predicted, predicted.shape[1] if transposed else num_neighbours, num_parts)
+    num_rows = predicted.shape[1] if transposed else num_neighbours
+    stats = _allocate(predicted, num_rows, num_parts)
+    return *stats, _inverse_fake(predicted, neighbour, backend)
 
 
 @operator("info_nce_stats", fake=_row_stats_fake)
@@ -144,22 +163,25 @@ def row_stats(
     transposed: bool,
     online: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """row_max, row_sum, positive; `online`: row_max must be a maximum, not any fixed shift."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """row_max, row_sum, positive, and what the same backend's `gradient` takes as `inverse`.
+
+    `online`: row_max must be a maximum, not any fixed shift.
+    """
     scalar = _scalar(temperature, predicted)
     planned = ((predicted, neighbour), (first, transposed, online, backend), (scalar,))
     found = STATS.replay(*planned)
     if found is None:
         chosen = _choose(backend, predicted, neighbour)
         if chosen != "triton":
-            inputs = (predicted, neighbour, temperature, first, transposed)
-            return row_stats_cpp(*inputs) if chosen == "cpp" else reference.row_stats(*inputs)
+            stats = _row_stats(chosen, predicted, neighbour, temperature, first, transposed)
+            return *stats, stats[0].new_empty(0)
         launcher = partial(
             _triton().row_stats, predicted, neighbour, scalar, first, transposed, online
         )
         found = STATS.record(launcher, *planned)
-    row_max, row_sum, positive = found
-    return row_max, row_sum, positive
+    row_max, row_sum, positive, inverse = found
+    return row_max, row_sum, positive, inverse
 
 
 def row_stats_cpp(
@@ -193,26 +215,30 @@ def _allocate(predicted: Tensor, num_rows: int, num_parts: int) -> tuple[Tensor,
 
 
 def _finish_fake(
-    row_max: Tensor, row_sum: Tensor, positive: Tensor, backend: str
+    row_max: Tensor, row_sum: Tensor, positive: Tensor, first: int, n: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, lse, weight = (positive.new_empty(positive.shape) for _ in range(3))
-    return loss, lse, weight, positive.new_empty((2, *positive.shape))
+    V, R = positive.shape
+    lse, weight = (positive.new_empty((V, n)) for _ in range(2))
+    return positive.new_empty(()), lse, weight, positive.new_empty((2, V, R))
 
 
 @operator("info_nce_finish", fake=_finish_fake)
 def finish(
-    row_max: Tensor, row_sum: Tensor, positive: Tensor, backend: str
+    row_max: Tensor, row_sum: Tensor, positive: Tensor, first: int, n: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, weight, normaliser."""
+    """mean, lse, weight of n rows from `first` on, which have losses here; normaliser of all."""
     is_auto = backend == "auto" and gpu.is_gpu(row_max) and gpu.obstacle(row_max) is None
     if backend != "triton" and not is_auto:
-        return reference.finish(row_max, row_sum, positive)
+        loss, lse, weight, normaliser = reference.finish(row_max, row_sum, positive)
+        own = slice(first, first + n)
+        return loss[:, own].mean(), lse[:, own].clone(), weight[:, own].clone(), normaliser
     inputs = row_max.contiguous(), row_sum.contiguous(), positive.contiguous()
-    found = FINISH.replay(inputs, ())
+    found = FINISH.replay(inputs, (first, n))
     if found is None:
-        found = FINISH.record(partial(_triton().finish, *inputs), inputs, ())
-    loss, lse, weight, normaliser = found
-    return loss, lse, weight, normaliser
+        launcher = partial(_triton().finish, *inputs, first, n)
+        found = FINISH.record(launcher, inputs, (first, n))
+    mean, lse, weight, normaliser = found
+    return _total(mean), lse, weight, normaliser
 
 
 def _gradient_fake(grad: Tensor, predicted: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -225,29 +251,35 @@ def _gradient_fake(grad: Tensor, predicted: Tensor, *_: Any) -> tuple[Tensor, Te
 def gradient(
     grad: Tensor,
     predicted: Tensor,
+    inverse: Tensor,
     neighbour: Tensor,
     temperature: Tensor,
     weight: Tensor,
     by_neighbour: Tensor | None,
     by_predicted: Tensor | None,
     first: int,
+    num_losses: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of `predicted`, and its radial part."""
+    """Gradient of `predicted`, and its radial part; `grad` is that of the mean of the losses."""
     weight = weight.contiguous()
     by_neighbour = None if by_neighbour is None else by_neighbour.contiguous()
     by_predicted = None if by_predicted is None else by_predicted.contiguous()
     rows = (weight, by_neighbour, by_predicted)
     scalar = _scalar(temperature, predicted)
-    planned = ((grad, predicted, neighbour, *rows), (first, backend), (scalar,))
+    planned = (
+        (grad, predicted, inverse, neighbour, *rows),
+        (first, num_losses, backend),
+        (scalar,),
+    )
     found = GRADIENT.replay(*planned)
     if found is None:
         chosen = _choose(backend, predicted, neighbour)
         if chosen != "triton":
             run = gradient_cpp if chosen == "cpp" else reference.gradient
-            return run(grad, predicted, neighbour, temperature, *rows, first)
-        launcher = partial(_triton().gradient, grad, predicted, neighbour, scalar, *rows, first)
-        found = GRADIENT.record(launcher, *planned)
+            return run(grad / num_losses, predicted, neighbour, temperature, *rows, first)
+        inputs = (grad, predicted, inverse, neighbour, scalar, *rows, first, num_losses)
+        found = GRADIENT.record(partial(_triton().gradient, *inputs), *planned)
     result, radial = found
     return result, radial
 
@@ -284,25 +316,28 @@ def gradient_cpp(
 
 
 def mean_loss(
+    mean: Tensor,
     predicted: Tensor,
+    inverse: Tensor,
     temperature: Tensor,
-    row_loss: Tensor,
     neighbour: Tensor,
     weight: Tensor,
     by_neighbour: Tensor | None,
     by_predicted: Tensor | None,
     first: int,
+    num_losses: int,
     num_counted: int,
     backend: str,
 ) -> Tensor:
-    """Mean of the rows' losses, with its gradient to predictions and temperature.
+    """`mean`, of so many rows' losses, with its gradient to predictions and temperature.
 
-    See `reference.gradient`. `num_counted`: how often a pair's logit is in the sums of `radial`.
+    See `gradient`. `num_counted`: how often a pair's logit is in the sums of `radial`.
     """
     if not needs_gradient(_MeanLoss.op, predicted, temperature):
-        return row_loss.mean()
-    constants = (neighbour, weight, by_neighbour, by_predicted, first, num_counted, backend)
-    loss: Tensor = _MeanLoss.call(predicted, temperature, row_loss, *constants)
+        return mean
+    constants = (neighbour, weight, by_neighbour, by_predicted)
+    numbers = (first, num_losses, num_counted, backend)
+    loss: Tensor = _MeanLoss.call(mean, predicted, inverse, temperature, *constants, *numbers)
     return loss
 
 
@@ -310,27 +345,27 @@ class _MeanLoss(Differentiable):
     op = "info_nce"
 
     @staticmethod
-    def forward(predicted: Tensor, temperature: Tensor, row_loss: Tensor, *_: Any) -> Tensor:
-        return row_loss.mean()
+    def forward(mean: Tensor, *_: Any) -> Tensor:
+        # No view of its input, which could not be changed in place.
+        return mean.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        predicted, temperature, row_loss, *tensors, ctx.first, ctx.num_counted, ctx.backend = inputs
-        ctx.num_rows = row_loss.numel()
-        ctx.save_for_backward(predicted, temperature, *tensors)
+        _, *tensors, ctx.first, ctx.num_losses, ctx.num_counted, ctx.backend = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        predicted, temperature, neighbour, *tensors = ctx.saved_tensors
-        grad_predicted, radial = gradient(
-            grad / ctx.num_rows, predicted, neighbour, temperature, *tensors, ctx.first, ctx.backend
-        )
+        predicted, inverse, temperature, *constants = ctx.saved_tensors
+        inputs = (grad, predicted, inverse, constants[0], temperature, *constants[1:])
+        grad_predicted, radial = gradient(*inputs, ctx.first, ctx.num_losses, ctx.backend)
         grads: tuple[Tensor | None, ...] = (grad_predicted, None)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[3]:
             # The logits are cosines / T, and `radial` sums logits times their gradients.
             total = radial.sum().to(temperature.device) / ctx.num_counted
             grads = (grad_predicted, (-total / temperature).to(temperature.dtype))
-        return *_MeanLoss.last((grad, predicted, temperature), *grads), *[None] * 8
+        grads = _MeanLoss.last((grad, predicted, temperature), *grads)
+        return None, grads[0], None, grads[1], *[None] * 8
 
 
 class Result(NamedTuple):
@@ -358,37 +393,33 @@ def loss(
     backend: str,
 ) -> Result:
     """Of predictions [V, n, D] and the neighbours [V, P, D] of all ranks; see `reference`."""
-    if gpu.is_gpu(predicted) and backend != "reference":
+    n = predicted.shape[1]
+    if backend == "triton" or (gpu.is_gpu(predicted) and backend != "reference"):
         # Once for both directions, as the kernels' products ask.
-        neighbour = neighbour.to(predicted.dtype)
+        neighbour = _side_by_side(neighbour.to(predicted.dtype))
+        predicted = _side_by_side(predicted)
     inputs = (predicted.detach(), neighbour, temperature.detach())
     if group is None or transposed:
-        row_loss, lse, positive, weight, normaliser = row_losses(
+        mean, lse, positive, weight, normaliser, inverse = row_losses(
             *inputs, first, transposed, online, backend
         )
     else:
         stats = row_stats(*inputs, first, transposed, online, backend)
-        stats = _over_ranks(*stats, inputs[2], first, online, group)
-        positive = stats[2]
-        row_loss, lse, weight, normaliser = finish(*stats, backend)
+        row_max, row_sum, of_all = _over_ranks(*stats[:3], inputs[2], first, online, group)
+        inverse = stats[3]
+        mean, lse, weight, normaliser = finish(row_max, row_sum, of_all, first, n, backend)
+        positive = of_all[:, first : first + n]
     by_neighbour, by_predicted = (None, normaliser) if transposed else (normaliser, None)
-    if group is not None and not transposed:
-        own = slice(first, first + predicted.shape[1])
-        row_loss, weight, lse = row_loss[:, own], weight[:, own], lse[:, own]
-        positive, normaliser = positive[:, own], normaliser[:, :, own]
-    mean = mean_loss(
-        predicted,
-        temperature,
-        row_loss,
-        neighbour,
-        weight,
-        by_neighbour,
-        by_predicted,
-        first,
-        1,
-        backend,
-    )
-    return Result(mean, lse, positive, normaliser)
+    constants = (neighbour, weight, by_neighbour, by_predicted)
+    numbers = (first, weight.numel(), 1, backend)
+    result = mean_loss(mean, predicted, inverse, temperature, *constants, *numbers)
+    of_own = normaliser if transposed else normaliser[:, :, first : first + n]
+    return Result(result, lse, positive, of_own)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """With the features of a row side by side in memory, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _over_ranks(
@@ -433,28 +464,29 @@ def symmetric_loss(
     inputs = (pair.detach(), temperature.detach())
     stats = [row_stats(inputs[0], x, inputs[1], first, True, True, backend) for x in blocks]
     row_max, row_sum = (torch.cat([s[i] for s in stats]) for i in range(2))
-    row_loss, _, weight, normaliser = finish(row_max, row_sum, stats[0][2], backend)
+    rows = (row_max, row_sum, stats[0][2])
+    mean, _, weight, normaliser = finish(*rows, 0, pair.shape[1], backend)
     of_all = all_gather_rows(normaliser.permute(2, 0, 1), group).permute(1, 2, 0)
     zeros = torch.zeros_like(weight)
     # The other view's row has the same positive pair.
-    losses, weights = (row_loss, zeros), (weight + weight.flip(0), zeros)
-    result: Tensor = row_loss.new_zeros(())
-    for i, block in enumerate(blocks):
-        by_neighbour = of_all if i else of_all.flip(1)
-        result = result + mean_loss(
+    means, weights = (mean, torch.zeros_like(mean)), (weight + weight.flip(0), zeros)
+    # Each pair is in both views' logits, and for each of its two rows.
+    numbers = (first, weight.numel(), 2, backend)
+    losses = [
+        mean_loss(
+            means[i],
             pair,
+            stats[i][3],
             temperature,
-            losses[i],
             block,
             weights[i],
-            by_neighbour,
+            of_all if i else of_all.flip(1),
             normaliser,
-            first,
-            # Each pair is in both views' logits, and for each of its two rows.
-            2,
-            backend,
+            *numbers,
         )
-    return result
+        for i, block in enumerate(blocks)
+    ]
+    return sum(losses[1:], start=losses[0])
 
 
 @register_flop_formula([torch.ops.maect_fast.info_nce_fwd, torch.ops.maect_fast.info_nce_stats])
@@ -464,6 +496,8 @@ def _row_stats_flop(predicted: Any, neighbour: Any, *_: Any, out_shape: Any) -> 
 
 
 @register_flop_formula(torch.ops.maect_fast.info_nce_bwd)
-def _gradient_flop(grad: Any, predicted: Any, neighbour: Any, *_: Any, out_shape: Any) -> int:
+def _gradient_flop(
+    grad: Any, predicted: Any, inverse: Any, neighbour: Any, *_: Any, out_shape: Any
+) -> int:
     """The logits again, and their gradient's product with the neighbours."""
     return int(4 * math.prod(predicted) * neighbour[1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -9,22 +10,32 @@ import triton
 from torch import Tensor
 
 from maect_fast.kernels._common.gpu import num_multiprocessors, table_arch
-from maect_fast.kernels._common.launch import H200, Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
 from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.info_nce.triton_device import (
     bwd_kernel,
-    finish_kernel,
-    fwd_kernel,
+    close_kernel,
     normalize_backward_kernel,
-    prepare_kernel,
+    sums_kernel,
 )
 
-__all__ = ["finish", "gradient", "machine_code", "num_parts", "row_losses", "row_stats"]
+__all__ = [
+    "finish",
+    "gradient",
+    "machine_code",
+    "num_means",
+    "num_parts",
+    "row_losses",
+    "row_stats",
+]
 
 # Numbers in the parts of a view's gradient, 8 MiB: two views' stay in an L2 cache of 50 MB. For n
 # 512 and D 256 these are 16 parts, which give an H100 two programs per multiprocessor where six
 # parts, which were timed, left it one at most. That it pays is predicted, not timed.
 MAX_PARTS = 16 << 17
+# Rows with losses that one program closes: four blocks, one after the other. Of more than one
+# program, another launch adds up the sums.
+MAX_OWN = 4096
 
 
 def _row(
@@ -33,28 +44,26 @@ def _row(
     *,
     archs: tuple[int, ...] = (80, 90),
     D: int,
-    R: int = 512,
+    P: int = 512,
     warps: int = 4,
     registers: int,
     blocks: int = 2,
     waste: float = 1.0,
     backing: str = "compiled",
 ) -> LaunchRow:
-    """A launch with products, for up to D features and from R softmax rows on.
+    """A launch with products, for up to D features and from P neighbours on.
 
-    Its tile is BLOCK_R, BLOCK_C, BLOCK_D, or BLOCK_N, BLOCK_P, BLOCK_D, BLOCK_O.
+    Its tile is BLOCK_N, BLOCK_P, BLOCK_D, and in the backward BLOCK_O.
     """
     M, N, K, *out = tile
-    names = (
-        ("BLOCK_N", "BLOCK_P", "BLOCK_D", "BLOCK_O") if out else ("BLOCK_R", "BLOCK_C", "BLOCK_D")
-    )
+    names = ("BLOCK_N", "BLOCK_P", "BLOCK_D", "BLOCK_O")[: len(tile)]
     return LaunchRow(
         label=label,
         archs=archs,
         num_warps=warps,
         num_stages=2,
         blocks=dict(zip(names, tile, strict=True)),
-        sizes={"V": 2, "n": 512, "R": R, "D": D},
+        sizes={"V": 2, "n": 512, "P": P, "D": D},
         limits=Limits(
             registers=registers,
             blocks_per_sm=blocks,
@@ -71,27 +80,25 @@ def _row(
 # warps: on sm_90 eight would repeat work, on sm_80 eight share its columns.
 FORWARD = {
     2: (
+        # Neighbours are read once per block of predictions: 256 halve what 128 read.
         _row(
-            "many rows",
-            (128, 128, 256),
+            "many neighbours",
+            (256, 64, 256),
             archs=(90,),
             D=256,
-            R=8192,
+            P=8192,
             warps=8,
-            registers=188,
+            registers=255,
             blocks=1,
-            backing=f"measured: 52 us at 512 x 32,768, alone, {H200}",
         ),
-        _row(
-            "half",
-            (64, 64, 256),
-            D=256,
-            registers=126,
-            backing=f"measured: 9.4 us at 512 x 4,096, alone, {H200}",
-        ),
-        _row("wide", (64, 64, 128), D=1024, registers=224),
+        _row("half", (64, 64, 256), D=256, registers=143),
+        _row("wide", (64, 64, 128), D=1024, registers=232),
     ),
-    4: (_row("fp32", (64, 32, 32), D=1024, registers=208, waste=3.0),),
+    4: (
+        # Either may be the products' rows, of which HGMMA takes 64.
+        _row("fp32", (64, 64, 32), archs=(90,), D=1024, registers=224, waste=3.0),
+        _row("fp32", (64, 32, 32), archs=(80,), D=1024, registers=208, waste=3.0),
+    ),
 }
 BACKWARD = {
     2: (
@@ -101,7 +108,6 @@ BACKWARD = {
             archs=(90,),
             D=256,
             registers=252,
-            backing=f"measured: 18 us at 512 x 4,096 in 6 parts instead of 16, alone, {H200}",
         ),
         _row("half", (64, 64, 256, 256), archs=(80,), D=256, warps=8, registers=168, blocks=1),
         _row("wide", (64, 64, 128, 128), archs=(90,), D=1024, registers=255),
@@ -121,43 +127,48 @@ ROWS = LaunchRow(
     sizes={"D": 1024},
     limits=Limits(registers=64, shared_bytes=64, blocks_per_sm=8),
 )
-FINISH = LaunchRow(
+CLOSE = LaunchRow(
     label="any",
-    num_warps=4,
+    num_warps=16,
     num_stages=1,
-    blocks={"BLOCK_R": 128},
-    sizes={"R": 512},
-    limits=Limits(registers=32, shared_bytes=0, blocks_per_sm=16, opcodes={"MUFU.EX2": 3}),
+    blocks={"BLOCK_R": 1024},
+    sizes={"P": 512},
+    limits=Limits(registers=32, shared_bytes=64, blocks_per_sm=4, opcodes={"MUFU.EX2": 6}),
 )
 
 
-def launch_config(table: dict[int, tuple[LaunchRow, ...]], predicted: Tensor, R: int) -> LaunchRow:
-    """The first row of a table for these sizes; with fewer softmax rows than any, the last."""
+def launch_config(table: dict[int, tuple[LaunchRow, ...]], predicted: Tensor, P: int) -> LaunchRow:
+    """The first row of a table for these sizes; with fewer neighbours than any, the last."""
     arch = table_arch(predicted.device)
     # No row of sm_80 takes more shared memory than any device has.
     rows = fitting(table[predicted.itemsize], 80 if arch == 86 else arch)
     rows = [row for row in rows if row.sizes["D"] >= predicted.shape[-1]]
-    return next((row for row in rows if row.sizes["R"] <= R), rows[-1])
+    return next((row for row in rows if row.sizes["P"] <= P), rows[-1])
 
 
-def _span(length: int, block: int, num_programs: int, most: int, device: torch.device) -> int:
-    """Length of a part, such that at most `most` parts give each multiprocessor two programs."""
-    num_tiles = triton.cdiv(length, block)
-    parts = max(1, min(2 * num_multiprocessors(device) // num_programs, most, num_tiles))
-    return int(triton.cdiv(num_tiles, parts) * block)
+def _span(predicted: Tensor, P: int, row: LaunchRow, others: int = 1, most: int = 1 << 31) -> int:
+    """Length of a part of the neighbours, such that the programs fill the multiprocessors once.
+
+    `others` programs share a part and a block of predictions; there are at most `most` parts.
+    """
+    num_programs = len(predicted) * triton.cdiv(predicted.shape[1], row.blocks["BLOCK_N"]) * others
+    num_tiles = triton.cdiv(P, row.blocks["BLOCK_P"])
+    fill = min(2, row.limits.blocks_per_sm) * num_multiprocessors(predicted.device)
+    parts = max(1, min(fill // num_programs, most, num_tiles))
+    return int(triton.cdiv(num_tiles, parts) * row.blocks["BLOCK_P"])
 
 
-def _forward_span(predicted: Tensor, R: int, C: int, row: LaunchRow) -> int:
-    num_programs = predicted.shape[0] * triton.cdiv(R, row.blocks["BLOCK_R"])
-    return _span(C, row.blocks["BLOCK_C"], num_programs, C, predicted.device)
-
-
-def num_parts(predicted: Tensor, num_neighbours: int, transposed: bool) -> int:
+def num_parts(predicted: Tensor, P: int, transposed: bool) -> int:
     """Into how many parts `row_stats` divides the columns."""
-    sizes = predicted.shape[1], num_neighbours
-    R, C = sizes if transposed else sizes[::-1]
-    row = launch_config(FORWARD, predicted, R)
-    return int(triton.cdiv(C, _forward_span(predicted, R, C, row)))
+    row = launch_config(FORWARD, predicted, P)
+    if transposed:
+        return int(triton.cdiv(P, _span(predicted, P, row)))
+    return int(triton.cdiv(predicted.shape[1], row.blocks["BLOCK_N"]))
+
+
+def num_means(num_own: int) -> int:
+    """By how many programs `finish` adds up so many rows' losses."""
+    return int(triton.cdiv(num_own, MAX_OWN))
 
 
 def _options(row: LaunchRow, D: int, scalar: Tensor | float) -> dict[str, Any]:
@@ -171,21 +182,12 @@ def _options(row: LaunchRow, D: int, scalar: Tensor | float) -> dict[str, Any]:
     return {**row.options, **narrow, "D": D, "IS_STORED": isinstance(scalar, Tensor)}
 
 
-def _crossed(predicted: Tensor, neighbour: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Neighbours of the last view, in the products' type, and strides: views in falling order."""
-    neighbour = neighbour.to(predicted.dtype)
-    if neighbour.stride(-1) != 1:
-        neighbour = neighbour.contiguous()
-    return neighbour[-1], (-neighbour.stride(0), neighbour.stride(1))
-
-
-def _prepare(predicted: Tensor) -> Tensor:
-    V, N, D = predicted.shape
-    unit = torch.empty_like(predicted, memory_format=torch.contiguous_format)
-    options = {"D": D, "BLOCK_D": triton.next_power_of_2(D), **ROWS.options}
-    grid = (triton.cdiv(N, ROWS.blocks["BLOCK_N"]), V)
-    launch(prepare_kernel, grid, predicted, unit, N, *predicted.stride(), **options)
-    return unit
+def _operands(predicted: Tensor, neighbour: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Neighbours of the last view, and strides: that one meets the first view's predictions."""
+    assert predicted.dtype == neighbour.dtype
+    assert predicted.stride(-1) == neighbour.stride(-1) == 1
+    view, row, _ = neighbour.stride()
+    return neighbour[-1], (*predicted.stride()[:2], -view, row)
 
 
 def row_stats(
@@ -196,23 +198,43 @@ def row_stats(
     transposed: bool,
     online: bool,
     row: LaunchRow | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.row_stats`, by parts of the columns; unless `online`, row_max is 1 / T."""
-    last, strides = _crossed(predicted, neighbour)
-    unit = _prepare(predicted)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.row_stats`, by parts of the columns, and the predictions' 1 / norm [V, n].
+
+    Unless `online`, row_max is 1 / T.
+    """
+    last, strides = _operands(predicted, neighbour)
     (V, N, D), P = predicted.shape, neighbour.shape[1]
-    positive = unit.new_empty(V, N, dtype=torch.float32)
-    R, C = (N, P) if transposed else (P, N)
-    row = row or launch_config(FORWARD, predicted, R)
-    span = _forward_span(predicted, R, C, row)
-    grid = (triton.cdiv(R, row.blocks["BLOCK_R"]), triton.cdiv(C, span), V)
-    row_max, row_sum = (positive.new_empty(grid[1], V, R) for _ in range(2))
-    pairs = ((unit, unit.stride()[:2]), (last, strides))
-    (x, x_strides), (y, y_strides) = pairs if transposed else pairs[::-1]
-    sizes = (R, C, -first if transposed else first, span)
-    arguments = (x, y, temperature, row_max, row_sum, positive, *sizes, *x_strides, *y_strides)
-    launch(fwd_kernel, grid, *arguments, ONLINE=online, **_options(row, D, temperature))
-    return row_max, row_sum, positive
+    positive, inverse = (predicted.new_empty(V, N, dtype=torch.float32) for _ in range(2))
+    row = row or launch_config(FORWARD, predicted, P)
+    span = _span(predicted, P, row)
+    grid = (triton.cdiv(N, row.blocks["BLOCK_N"]), triton.cdiv(P, span), V)
+    shape = (grid[1], V, N) if transposed else (grid[0], V, P)
+    row_max, row_sum = (positive.new_empty(shape) for _ in range(2))
+    outputs = (row_max, row_sum, positive, inverse)
+    arguments = (predicted, last, temperature, *outputs, N, P, first, span, *strides)
+    options = _options(row, D, temperature)
+    launch(sums_kernel, grid, *arguments, ONLINE=online, TRANSPOSED=transposed, **options)
+    return outputs
+
+
+def finish(
+    row_max: Tensor, row_sum: Tensor, positive: Tensor, first: int, n: int
+) -> tuple[Tensor, ...]:
+    """mean, lse, weight, normaliser by `reference.finish`: the first three of n rows from `first`.
+
+    The mean is 0-d, or if there are many such rows, it is the sum of what it comes in.
+    """
+    num_parts, V, R = row_max.shape
+    num_own = num_means(V * n)
+    mean = positive.new_empty(() if num_own == 1 else num_own)
+    lse, weight = (positive.new_empty(V, n) for _ in range(2))
+    normaliser = positive.new_empty(2, V, R)
+    outputs = (mean, lse, weight, normaliser)
+    sizes = (V, n, R, first, num_parts, num_own, MAX_OWN)
+    grid = (num_own + triton.cdiv(V * (R - n), CLOSE.blocks["BLOCK_R"]),)
+    launch(close_kernel, grid, row_max, row_sum, positive, *outputs, *sizes, **CLOSE.options)
+    return outputs
 
 
 def row_losses(
@@ -223,67 +245,57 @@ def row_losses(
     transposed: bool,
     online: bool,
 ) -> tuple[Tensor, ...]:
-    """loss, lse, positive, weight, normaliser: `row_stats` and `finish`."""
-    row_max, row_sum, positive = row_stats(
+    """mean, lse, positive, weight, normaliser, 1 / norm: `row_stats` and `finish`."""
+    row_max, row_sum, positive, inverse = row_stats(
         predicted, neighbour, temperature, first, transposed, online
     )
-    loss, lse, weight, normaliser = finish(row_max, row_sum, positive)
-    return loss, lse, positive, weight, normaliser
-
-
-def finish(row_max: Tensor, row_sum: Tensor, positive: Tensor) -> tuple[Tensor, ...]:
-    """`reference.finish`."""
-    loss, lse, weight = (torch.empty_like(positive) for _ in range(3))
-    normaliser = positive.new_empty(2, *positive.shape)
-    R = positive.numel()
-    arguments = (row_max, row_sum, positive, loss, lse, weight, normaliser, R, len(row_max))
-    grid = (triton.cdiv(R, FINISH.blocks["BLOCK_R"]),)
-    launch(finish_kernel, grid, *arguments, **FINISH.options)
-    return loss, lse, weight, normaliser
+    mean, lse, weight, normaliser = finish(row_max, row_sum, positive, 0, predicted.shape[1])
+    return mean, lse, positive, weight, normaliser, inverse
 
 
 def gradient(
     grad: Tensor,
     predicted: Tensor,
+    inverse: Tensor,
     neighbour: Tensor,
     temperature: Tensor | float,
     weight: Tensor,
     by_neighbour: Tensor | None,
     by_predicted: Tensor | None,
     first: int,
+    num_losses: int,
     row: LaunchRow | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.gradient`."""
-    last, strides = _crossed(predicted, neighbour)
-    unit = _prepare(predicted)
+    """`reference.gradient` of the mean of so many losses; `inverse` as `row_stats` leaves it."""
+    last, strides = _operands(predicted, neighbour)
     (V, N, D), P = predicted.shape, neighbour.shape[1]
-    radial = unit.new_empty(V, N, dtype=torch.float32)
-    row = row or launch_config(BACKWARD, predicted, N)
+    row = row or launch_config(BACKWARD, predicted, P)
     options = _options(row, D, temperature)
     num_blocks = triton.cdiv(N, row.blocks["BLOCK_N"])
     slices = triton.cdiv(D, options["BLOCK_O"])
-    num_programs, most = V * num_blocks * slices, MAX_PARTS // (N * D)
-    span = _span(P, row.blocks["BLOCK_P"], num_programs, most, predicted.device)
+    span = _span(predicted, P, row, slices, MAX_PARTS // (N * D))
     num_parts = triton.cdiv(P, span)
-    part = radial.new_empty(num_parts, V, N, D)
-    arguments = (unit, last, by_neighbour, by_predicted, temperature, part, N, P, first, span)
-    launch(bwd_kernel, (num_blocks, num_parts * slices, V), *arguments, *strides, **options)
-    # The unit rows have been used: their place takes the gradient.
-    outputs = (unit, radial, N, first, num_parts, *predicted.stride(), *strides)
-    inputs = (part, predicted, last, grad, weight, temperature)
+    part = inverse.new_empty(num_parts, V, N, D)
+    rows = (by_neighbour, by_predicted, temperature)
+    arguments = (predicted, inverse, last, *rows, part, N, P, first, span, *strides)
+    launch(bwd_kernel, (num_blocks, num_parts * slices, V), *arguments, **options)
+    out, radial = predicted.new_empty(V, N, D), inverse.new_empty(V, N)
+    inputs = (part, predicted, inverse, last, grad, weight, temperature)
+    outputs = (out, radial, N, first, num_parts, num_losses, *strides)
     grid = (triton.cdiv(N, ROWS.blocks["BLOCK_N"]), V)
     options = _options(ROWS, D, temperature)
     launch(normalize_backward_kernel, grid, *inputs, *outputs, **options)
-    return unit, radial
+    return out, radial
 
 
 def machine_code(arch: int) -> Iterator[Launch]:
     """Every row as it is launched at its sizes, in its variants."""
     for itemsize, rows in FORWARD.items():
         for row in fitting(rows, arch):
-            for variant, online in (("fixed shift", False), ("online", True)):
-                call = partial(_forward_at, row, itemsize, online)
-                yield Launch(kernel=fwd_kernel, row=row, call=call, variant=variant)
+            for transposed, online in product((False, True), repeat=2):
+                words = ("transposed, " * transposed, "online" if online else "fixed shift")
+                call = partial(_forward_at, row, itemsize, transposed, online)
+                yield Launch(kernel=sums_kernel, row=row, call=call, variant="".join(words))
     for itemsize, rows in BACKWARD.items():
         for row in fitting(rows, arch):
             for variant, both in (("one sum", False), ("both sums", True)):
@@ -291,25 +303,26 @@ def machine_code(arch: int) -> Iterator[Launch]:
                 yield Launch(kernel=bwd_kernel, row=row, call=call, variant=variant)
     call = partial(_backward_at, fitting(BACKWARD[2], arch)[-1], 2, False)
     yield Launch(kernel=normalize_backward_kernel, row=ROWS, call=call)
-    call = partial(_forward_at, fitting(FORWARD[2], arch)[-1], 2, True)
-    yield Launch(kernel=prepare_kernel, row=ROWS, call=call)
-    yield Launch(kernel=finish_kernel, row=FINISH, call=call)
+    call = partial(_forward_at, fitting(FORWARD[2], arch)[0], 2, False, False)
+    yield Launch(kernel=close_kernel, row=CLOSE, call=call)
 
 
 def _inputs_at(row: LaunchRow, itemsize: int) -> tuple[Tensor, Tensor]:
-    V, n, R, D = row.sizes.values()
+    V, n, P, D = row.sizes.values()
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-    predicted, neighbour = (torch.empty(V, x, D, dtype=dtype, device="meta") for x in (n, R))
+    predicted, neighbour = (torch.empty(V, x, D, dtype=dtype, device="meta") for x in (n, P))
     return predicted, neighbour
 
 
-def _forward_at(row: LaunchRow, itemsize: int, online: bool) -> None:
-    row_max, row_sum, _ = row_stats(*_inputs_at(row, itemsize), 0.2, 0, False, online, row)
-    finish(row_max, row_sum, row_max[0])
+def _forward_at(row: LaunchRow, itemsize: int, transposed: bool, online: bool) -> None:
+    predicted, neighbour = _inputs_at(row, itemsize)
+    row_max, row_sum, *_ = row_stats(predicted, neighbour, 0.2, 0, transposed, online, row)
+    finish(row_max, row_sum, row_max[0], 0, predicted.shape[1])
 
 
 def _backward_at(row: LaunchRow, itemsize: int, both: bool) -> None:
     predicted, neighbour = _inputs_at(row, itemsize)
     normaliser = torch.empty(2, *predicted.shape[:2], device="meta")
     weight, other = normaliser[0], normaliser if both else None
-    gradient(weight[0, 0], predicted, neighbour, 0.2, weight, normaliser, other, 0, row)
+    rows = (weight, normaliser, other)
+    gradient(weight[0, 0], predicted, weight, neighbour, 0.2, *rows, 0, 1024, row)

@@ -142,7 +142,7 @@ def test_check_runs_every_launch_row_of_the_device(monkeypatch: pytest.MonkeyPat
     small, large = {"B": 3, "N": 50, "H": 2, "D": 64}, {"B": 2, "N": 257, "H": 2, "D": 80}
     attention = [launch({"M": 1} | small), launch(large), launch({"M": 50} | small)]
     # The loss's rows have other letters; helpers' rows lack some.
-    loss = [launch({"V": 2, "n": 8, "R": 64, "D": 16}), launch({"D": 16}), launch({"R": 64})]
+    loss = [launch({"V": 2, "n": 8, "P": 64, "D": 16}), launch({"D": 16}), launch({"P": 64})]
     modules = {}
     for name, launches in (("masked_attention", attention), ("info_nce", loss)):
         module = f"maect_fast.kernels.{name}.triton_kernel"

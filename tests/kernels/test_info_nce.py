@@ -108,6 +108,16 @@ def naive_in_orders(
     return [list(x) for x in zip(*runs, strict=True)]
 
 
+def gradient_of(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """`op.gradient` with what the forward leaves it, where `grad` is that of a sum of losses."""
+    predicted, neighbour, temperature, weight, by_neighbour, by_predicted, first, backend = inputs
+    forward = (predicted, neighbour, temperature, first, False, False, backend)
+    inverse = op.row_stats(*forward)[3]
+    rows = (neighbour, temperature, weight, by_neighbour, by_predicted)
+    # A power of two: exact.
+    return op.gradient(4 * grad, predicted, inverse, *rows, first, 4, backend)
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("temperature", [0.02, 0.15, pytest.param(1.0, marks=pytest.mark.slow)])
@@ -235,7 +245,7 @@ def test_one_rank_of_64(backend: Any) -> None:
 
     def stats(function: Any, dtype: torch.dtype, *more: Any) -> tuple[Tensor, Tensor]:
         arguments = (predicted.to(dtype), neighbour.to(dtype), T, 1024, False, *more)
-        row_max, row_sum, positive = function(*arguments)
+        row_max, row_sum, positive = function(*arguments)[:3]
         return (row_max + row_sum.log()).logsumexp(0), positive
 
     found = stats(op.row_stats, torch.float32, False, backend)
@@ -246,16 +256,14 @@ def test_one_rank_of_64(backend: Any) -> None:
     weight = -torch.rand(1, n)
     by_neighbour = torch.stack((ref64[0], torch.ones_like(ref64[0]))).float()
 
-    def gradient(function: Any, dtype: torch.dtype, *more: Any) -> Tensor:
-        rows = (x.to(dtype) for x in (predicted, neighbour))
-        constants = (x.to(dtype) for x in (weight, by_neighbour))
-        result: Tensor = function(torch.tensor(1.0), *rows, T, *constants, None, 1024, *more)[0]
-        return result
+    def gradient(dtype: torch.dtype) -> Tensor:
+        p, nn, w, by = (x.to(dtype) for x in (predicted, neighbour, weight, by_neighbour))
+        return reference.gradient(torch.tensor(1.0), p, nn, T, w, by, None, 1024)[0]
 
-    found_grad = gradient(op.gradient, torch.float32, backend)
-    eager_grad, ref64_grad = (
-        gradient(reference.gradient, x) for x in (torch.float32, torch.float64)
-    )
+    found_grad = gradient_of(
+        torch.tensor(1.0), predicted, neighbour, T, weight, by_neighbour, None, 1024, backend
+    )[0]
+    eager_grad, ref64_grad = (gradient(x) for x in (torch.float32, torch.float64))
     assert_within_budget(found_grad, eager_grad, ref64_grad, name="gradient")
 
 
@@ -311,10 +319,12 @@ def test_triton_schedule_of_a_full_device(
     monkeypatch: pytest.MonkeyPatch,
     device: torch.device,
 ) -> None:
-    """Where programs are enough, each goes through all columns, block by block."""
+    """Where programs are enough, each goes through all neighbours, block by block."""
     kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
     monkeypatch.setattr(kernel, "num_multiprocessors", lambda _: 1)
-    assert kernel.num_parts(torch.empty(2, 150, 32, dtype=dtype), 150, transposed) == 1
+    # By rows of neighbours, each block of predictions is a part of the columns.
+    num_parts = kernel.num_parts(torch.empty(2, 150, 32, dtype=dtype), 150, transposed)
+    assert num_parts == (1 if transposed else 3)
     predicted, neighbour = inputs(2, 150, 32, dtype=dtype, device=device, agreement=0.1)
     arguments: dict[str, Any] = {"temperature": temperature, "transposed": transposed}
     found = loss_and_grad(info_nce, predicted, neighbour, **arguments, backend="triton")
@@ -322,6 +332,62 @@ def test_triton_schedule_of_a_full_device(
     ref64 = loss_and_grad(naive, predicted.double(), neighbour.double(), temperature, transposed)
     assert_within_budget(found[0], [x.float() for x in eager[0]], ref64[0], name="loss")
     assert_within_budget(found[1], eager[1], ref64[1], name="gradient")
+
+
+@needs_triton
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("online", [False, True])
+def test_triton_schedule_of_many_neighbours(
+    online: bool, transposed: bool, device: torch.device
+) -> None:
+    """256 predictions stay; both sizes leave the last tiles unfilled."""
+    n, P, first, T = 300, 8200, 4000, torch.tensor(0.1, dtype=torch.float64)
+    predicted = inputs(n, 32, dtype=torch.float16, device=device)[0][None]
+    neighbour = unit_rows(1, P, 32, dtype=torch.float16, device=device, seed=3)
+    found = op.row_stats(predicted, neighbour, T, first, transposed, online, "triton")
+    wide = predicted.double(), neighbour.double()
+    row_max, row_sum, positive = reference.row_stats(*wide, T, first, transposed)
+    lse, expected = ((m + s.log()).logsumexp(0) for m, s in (found[:2], (row_max, row_sum)))
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[2].double(), positive, rtol=0, atol=1e-5)
+    if online:
+        highest = found[0].amax(0).double()
+        torch.testing.assert_close(highest, row_max[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[3].double(), 1 / wide[0].norm(dim=-1), rtol=1e-6, atol=0)
+
+
+@needs_triton
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("most", [700, 4096])
+@pytest.mark.parametrize(
+    ("S", "V", "R", "first", "n"),
+    [(1, 1, 1, 0, 1), (3, 2, 50, 20, 30), (9, 2, 1500, 100, 1200), (2, 1, 3000, 0, 3000)],
+)
+def test_triton_closes_rows(
+    S: int,
+    V: int,
+    R: int,
+    first: int,
+    n: int,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    """With own rows of one program or several, and rows whose losses are others'."""
+    kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
+    monkeypatch.setattr(kernel, "MAX_OWN", most)
+    row_max = 5 * torch.rand(S, V, R, device=device)
+    row_sum, positive = torch.rand(S, V, R, device=device), 5 * torch.rand(V, R, device=device)
+    # A row without another column.
+    row_sum[:, -1, -1] = 0
+    inputs = (row_max, row_sum, positive)
+    found = op.finish(*inputs, first, n, "triton")
+    expected = op.finish(*(x.double() for x in inputs), first, n, "reference")
+    # Which has no probability for this factor.
+    expected[3][1, -1, -1] = 0
+    for one, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), truth, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["neighbours", "predictions"])
@@ -334,7 +400,7 @@ def test_fp16_has_the_probabilities_of_large_batches(
     by = (rows, None) if kind == "neighbours" else (None, rows)
     one, zero = torch.tensor(1.0, dtype=torch.float64), torch.zeros(1, 70, device=device)
     grad = torch.tensor(1e6, device=device)
-    found, _ = op.gradient(grad, predicted, neighbour, one, zero, by[0], by[1], 0, backend)
+    found, _ = gradient_of(grad, predicted, neighbour, one, zero, by[0], by[1], 0, backend)
     a, b = (None if x is None else x.double() for x in by)
     wide = predicted.double(), neighbour.double()
     expected, _ = reference.gradient(grad.double(), *wide, one, zero.double(), a, b, 0)
@@ -350,7 +416,7 @@ def test_both_shifts_give_the_same(transposed: bool, device: torch.device) -> No
     for online in (False, True):
         temperature = torch.tensor(0.025, dtype=torch.float64)
         stats = op.row_stats(predicted, neighbour, temperature, 0, transposed, online, "triton")
-        results.append(op.finish(*stats, "triton"))
+        results.append(op.finish(*stats[:3], 0, 70, "triton"))
         assert (stats[0].amax() == stats[0].amin()) != online
     torch.testing.assert_close(results[0][:3], results[1][:3], rtol=2e-5, atol=1e-6)
 
@@ -475,7 +541,7 @@ def test_gradient_on_any_rank_is_that_of_the_definition(
         for other, lse in (("predictions", of_neighbours), ("neighbours", of_predictions))
     ]
     by_neighbour, by_predicted = (None if x is None else x.detach().to(dtype) for x in rows)
-    found, radial = op.gradient(
+    found, radial = gradient_of(
         torch.tensor(3.0, dtype=dtype, device=device),
         predicted,
         gathered,
@@ -508,24 +574,83 @@ def test_triton_never_holds_the_logits(
 ) -> None:
     """Of n 512, P 32,768 a view's 64 MiB never exist; the gradient's parts are 8 MiB."""
     kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
-    for name in ("prepare", "fwd", "finish", "bwd", "normalize_backward"):
+    for name in ("sums", "close", "bwd", "normalize_backward"):
         monkeypatch.setattr(kernel, f"{name}_kernel", NoKernel())
     predicted, neighbour = (
         torch.empty(V, rows, 256, dtype=torch.bfloat16, device="meta") for rows in (512, 32_768)
     )
     with Allocated() as forward:  # type: ignore[no-untyped-call]
-        row_max, row_sum, positive = kernel.row_stats(
-            predicted, neighbour, 0.2, 0, transposed, False
-        )
-        of_all = positive if transposed else row_max[0]
-        loss, _, weight, rows = kernel.finish(row_max, row_sum, of_all)
+        *stats, inverse = kernel.row_stats(predicted, neighbour, 0.2, 0, transposed, False)
+        rows = stats[2] if transposed else stats[0][0]
+        mean, _, weight, normaliser = kernel.finish(*stats[:2], rows, 0, 512)
     with Allocated() as backward:  # type: ignore[no-untyped-call]
-        by = (None, rows) if transposed else (rows, None)
-        kernel.gradient(loss[0, 0], predicted, neighbour, 0.2, weight, *by, 0)
+        by = (None, normaliser) if transposed else (normaliser, None)
+        kernel.gradient(mean, predicted, inverse, neighbour, 0.2, weight, *by, 0, V * 512)
     # What the forward leaves for the backward is in both.
-    saved = 4 * (weight.numel() + rows.numel())
+    saved = 4 * (weight.numel() + normaliser.numel() + inverse.numel())
     assert 0 < forward.num_bytes <= V * 2 * 2**20
-    assert 0 < backward.num_bytes + saved <= V * 9 * 2**20
+    assert 0 < backward.num_bytes + saved <= V * 9_000_000
+
+
+class NoLaunch(NoKernel):
+    """Of these, also which are launched."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append(self.name)
+        return super().__getitem__(grid)
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the operators that are neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view and "empty" not in func._schema.name:
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@needs_triton
+@pytest.mark.parametrize("transposed", [False, True])
+def test_two_launches_a_direction(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One op each way and nothing beside it; in each, two kernels. Counted on meta tensors."""
+    kernel = importlib.import_module("maect_fast.kernels.info_nce.triton_kernel")
+    launched: list[str] = []
+    for name in ("sums", "close", "bwd", "normalize_backward"):
+        monkeypatch.setattr(kernel, f"{name}_kernel", NoLaunch(name, launched))
+    predicted, neighbour = (
+        torch.empty(2, 512, 256, dtype=torch.bfloat16, device="meta") for _ in range(2)
+    )
+    numbers = (0, transposed, False)
+    mean, _, _, weight, rows, inverse = kernel.row_losses(predicted, neighbour, 0.2, *numbers)
+    assert launched == ["sums", "close"]
+    by = (None, rows) if transposed else (rows, None)
+    kernel.gradient(mean, predicted, inverse, neighbour, 0.2, weight, *by, 0, 1024)
+    assert launched[2:] == ["bwd", "normalize_backward"]
+
+    predicted.requires_grad_()
+    temperature = torch.tensor(0.2, dtype=torch.float64)
+    with Operators() as operators:
+        found = op.loss(
+            predicted,
+            neighbour,
+            temperature,
+            first=0,
+            transposed=transposed,
+            online=False,
+            group=None,
+            backend="triton",
+        )
+        torch.autograd.grad(found.loss, predicted, mean)
+    assert operators.names == ["maect_fast::info_nce_fwd", "maect_fast::info_nce_bwd"]
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -1074,20 +1199,21 @@ def check_large(n: int, P: int, D: int, dtype: torch.dtype, device: torch.device
         parts.append(logits.masked_fill(is_own, -torch.inf).logsumexp(1))
         start += len(chunk)
     expected = torch.stack(parts).logsumexp(0)
-    row_max, row_sum, positive = op.row_stats(*inputs, True, False, "triton")
+    row_max, row_sum, positive, _ = op.row_stats(*inputs, True, False, "triton")
     lse = (row_max + row_sum.log()).logsumexp(0)
     own_logits = (unit * neighbour[0, first:].double()).sum(1) / 0.2
     torch.testing.assert_close(lse[0].double(), expected, rtol=0, atol=2e-3)
     torch.testing.assert_close(positive[0].double(), own_logits, rtol=0, atol=2e-2)
     # By rows of neighbours, at both ends.
-    row_max, row_sum, _ = op.row_stats(*inputs, False, False, "triton")
+    row_max, row_sum, *_ = op.row_stats(*inputs, False, False, "triton")
     lse = (row_max + row_sum.log()).logsumexp(0)[0]
     for rows in (slice(500), slice(first - 500, first)):
         logits = neighbour[0, rows].double() @ unit.T / 0.2
         torch.testing.assert_close(lse[rows].double(), logits.logsumexp(1), rtol=0, atol=2e-2)
     # The gradient of the first direction's loss.
-    _, _, weight, normaliser = op.finish(*op.row_stats(*inputs, True, False, "triton"), "triton")
-    grad, _ = op.gradient(
+    stats = op.row_stats(*inputs, True, False, "triton")[:3]
+    _, _, weight, normaliser = op.finish(*stats, 0, n, "triton")
+    grad, _ = gradient_of(
         torch.tensor(1.0, device=device), *inputs[:3], weight, None, normaliser, first, "triton"
     )
     total = weight[0, :, None].double() * neighbour[0, first:].double()
@@ -1115,17 +1241,20 @@ def test_opcheck(transposed: bool, backend: Any, device: torch.device) -> None:
     temperature = torch.tensor(0.2, dtype=torch.float64)
     arguments = (predicted, gathered, temperature, 4, transposed, False, backend)
     torch.library.opcheck(op.row_stats, arguments)
-    row_max, row_sum, positive = op.row_stats(*arguments)
+    row_max, row_sum, positive, inverse = op.row_stats(*arguments)
     if not transposed:
         positive = torch.nn.functional.pad(positive, (4, 4))
-    torch.library.opcheck(op.finish, (row_max, row_sum, positive, backend))
-    row_loss, _, weight, rows = op.finish(row_max, row_sum, positive, backend)
-    weight, by = weight[:, :4].contiguous(), (None, rows) if transposed else (rows, None)
+    inputs_of_finish = (row_max, row_sum, positive, 0 if transposed else 4, 4, backend)
+    torch.library.opcheck(op.finish, inputs_of_finish)
+    mean, _, weight, rows = op.finish(*inputs_of_finish)
+    assert weight.shape == (2, 4)
+    by = (None, rows) if transposed else (rows, None)
     square = (predicted, gathered[:, :4], temperature, 0, transposed, False, backend)
     torch.library.opcheck(op.row_losses, square)
-    assert op.row_losses(*square)[0].shape == (2, 4)
-    inputs_of_gradient = (predicted, gathered, temperature, weight, *by, 4, backend)
-    torch.library.opcheck(op.gradient, (row_loss[0, 0].clone(), *inputs_of_gradient))
+    assert op.row_losses(*square)[0].shape == ()
+    rows_of_gradient = (gathered, temperature, weight, *by)
+    inputs_of_gradient = (mean, predicted, inverse, *rows_of_gradient, 4, 8, backend)
+    torch.library.opcheck(op.gradient, inputs_of_gradient)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
