@@ -49,8 +49,11 @@ LOOP = [
 
 
 def listing(instructions: Sequence[str], loop: slice = slice(0, 0)) -> str:
-    """As nvdisasm prints it, with a loop around some of the instructions."""
-    lines = [f"        /*{16 * i:04x}*/   {text} ;" for i, text in enumerate(instructions)]
+    """As nvdisasm prints it, labels among the lines, with a loop around some of them."""
+    lines = [
+        text if text.endswith(":") else f"        /*{16 * i:04x}*/   {text} ;"
+        for i, text in enumerate(instructions)
+    ]
     if loop.stop:
         lines.insert(loop.stop, "        /*ffff*/              @!P0 BRA `(.L_x_0) ;")
         lines.insert(loop.start, ".L_x_0:")
@@ -99,6 +102,42 @@ def test_results_read_after_the_loop_are_read() -> None:
     reads = [f"FADD R2, R2, R{i}" for i in range(24, 32)]
     code = parse_sass(listing([LOOP[1], *reads], slice(0, 1)))
     assert read_shares(code) == [(8, 1.0)]
+
+
+READS = [f"FADD R2, R2, R{i}" for i in range(24, 32)]
+ZEROS = [f"MOV R{i}, RZ" for i in range(24, 32)]
+
+
+@pytest.mark.parametrize(
+    ("behind_the_loop", "share"),
+    [
+        ("BRA `(.L_x_2)", 1.0),
+        ("@P2 BRA `(.L_x_2)", 1.0),
+        ("BRA P2, `(.L_x_2)", 1.0),
+        ("BRA.DIV UR4, `(.L_x_2)", 1.0),
+        ("BRA `(.L_x_1)", 0.0),
+        ("@P2 EXIT", 0.0),
+        ("EXIT", 0.0),
+        ("BSSY B0, `(.L_x_2)", 0.0),
+    ],
+)
+def test_the_branch_for_no_trip_overwrites_nothing(behind_the_loop: str, share: float) -> None:
+    """It lies between the loop and what reads the sums, in the listing alone."""
+    code = parse_sass(
+        listing(
+            [
+                *("@P0 BRA `(.L_x_1)", ".L_x_0:", LOOP[1], "@!P1 BRA `(.L_x_0)", behind_the_loop),
+                *(".L_x_1:", *ZEROS, ".L_x_2:", *READS),
+            ]
+        )
+    )
+    assert read_shares(code) == [(8, share)]
+
+
+def test_what_is_written_under_a_predicate_may_keep_the_product() -> None:
+    for guard, share in (("@P0 ", 1.0), ("", 0.0)):
+        zeros = [guard + x for x in ZEROS]
+        assert read_shares(parse_sass(listing([LOOP[1], *zeros, *READS]))) == [(8, share)]
 
 
 @pytest.mark.parametrize(

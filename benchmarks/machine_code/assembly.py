@@ -1,9 +1,9 @@
 """PTX and machine code (SASS) as plain data: instructions, loops, tensor-core products."""
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = [
     "ARITHMETIC",
@@ -26,8 +26,12 @@ __all__ = [
 Shape = tuple[int, int, int]
 
 PTX = re.compile(r"^\s*(?:@\S+\s+)?([a-z]\w*(?:\.[\w:]+)+)\s", re.MULTILINE)
-SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 SASS_LABEL = re.compile(r"^(\.L\w+):")
+SASS_TARGET = re.compile(r"\((\.L\w+)\)")
+# What jumps to the label that it names; other names are of places where threads meet again.
+JUMPS = ("BRA", "CALL", "WARPSYNC")
+ENDS = ("EXIT", "RET", "BRX", "KILL")
 # Per thread, on numbers: neither memory, control, tensor cores nor the warp's own (U...) registers.
 ARITHMETIC = {
     *("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "FSET", "FCHK", "DADD", "DMUL", "DFMA"),
@@ -52,6 +56,8 @@ class Instruction:
     opcode: str
     """With its modifiers: ``HMMA.16816.F32.BF16``."""
     operands: str
+    guard: str = ""
+    """The predicate under which it is executed: ``@!P0``; empty for always."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,8 @@ class Code:
     instructions: list[Instruction]
     loops: list[range]
     """Index ranges, from the target of a backward branch to the branch."""
+    labels: dict[str, int] = field(default_factory=dict)
+    """Indices of the instructions behind them."""
 
 
 def parse_ptx(text: str) -> Counter[str]:
@@ -77,11 +85,12 @@ def parse_sass(text: str) -> Code:
         if label := SASS_LABEL.match(line):
             labels[label[1]] = len(instructions)
         elif found := SASS.match(line):
-            instructions.append(Instruction(found[1], found[2]))
-            target = re.search(r"\((\.L\w+)\)", found[2])
-            if found[1].startswith("BRA") and target and target[1] in labels:
+            guard, opcode, operands = found.groups(default="")
+            instructions.append(Instruction(opcode, operands, guard.strip()))
+            target = SASS_TARGET.search(operands)
+            if opcode.startswith("BRA") and target and target[1] in labels:
                 ends[labels[target[1]]] = len(instructions)
-    return Code(instructions, [range(start, end) for start, end in ends.items()])
+    return Code(instructions, [range(start, end) for start, end in ends.items()], labels)
 
 
 def count(opcodes: Counter[str], name: str) -> int:
@@ -137,32 +146,66 @@ def is_empty(instruction: Instruction) -> bool:
 
 
 def read_shares(code: Code) -> list[tuple[int, float]]:
-    """For each warp-group product, its size and the share of its result that anything reads.
+    """For each warp-group product, its size and the share of its result that anything may read.
 
     A compiler can keep the products and still take their results for zero.
     """
-    mentions: dict[int, list[tuple[int, bool]]] = defaultdict(list)
-    for i, instruction in enumerate(code.instructions):
-        written, read = _registers(instruction)
-        for register in written | read:
-            mentions[register].append((i, register in read))
+    needed = _read_later(code)
     shares = []
-    for i, instruction in enumerate(code.instructions):
+    for instruction, after in zip(code.instructions, needed, strict=True):
         if result := _result(instruction):
-            used = sum(_read_next(mentions[register], i, code.loops) for register in result)
+            used = sum(after >> register & 1 for register in result)
             shares.append((len(result), used / len(result)))
     return shares
 
 
-def _read_next(mentions: list[tuple[int, bool]], i: int, loops: list[range]) -> bool:
-    """Whether what comes after instruction `i` reads the register before overwriting it."""
-    loop = max((loop for loop in loops if i in loop), key=len, default=range(i, i + 1))
-    rest = [read for at, read in mentions if i < at <= loop[-1]]
-    if rest:
-        return rest[0]
-    again = [read for at, read in mentions if loop[0] <= at < i]
-    beyond = [read for at, read in mentions if loop[-1] < at]
-    return True in (again[:1] + beyond[:1])
+def _read_later(code: Code) -> list[int]:
+    """Registers, as bits, that are read behind each instruction, on some way, before a new value.
+
+    What is written under a predicate may keep the old one.
+    """
+    next_ones = [_successors(code, i) for i in range(len(code.instructions))]
+    touched = [_registers(x) for x in code.instructions]
+    read = [_bits(used) for _, used in touched]
+    kept = [
+        ~0 if x.guard else ~_bits(written)
+        for x, (written, _) in zip(code.instructions, touched, strict=True)
+    ]
+    before = [0] * (len(code.instructions) + 1)
+    after = [0] * len(code.instructions)
+    has_changed = True
+    while has_changed:
+        has_changed = False
+        for i in reversed(range(len(after))):
+            found = 0
+            for j in next_ones[i]:
+                found |= before[j]
+            after[i] = found
+            found = read[i] | (found & kept[i])
+            has_changed |= found != before[i]
+            before[i] = found
+    return after
+
+
+def _bits(registers: set[int]) -> int:
+    return sum(1 << register for register in registers)
+
+
+def _successors(code: Code, i: int) -> list[int]:
+    """What may be executed after instruction i; the index behind the last is the end."""
+    instruction = code.instructions[i]
+    name, *modifiers = instruction.opcode.split(".")
+    found = []
+    target = SASS_TARGET.search(instruction.operands) if name in JUMPS else None
+    if target and target[1] in code.labels:
+        found.append(code.labels[target[1]])
+    # A branch may also be one by its modifier or by a predicate among its operands.
+    is_sure = not instruction.guard and "DIV" not in modifiers
+    if name == "BRA":
+        is_sure = is_sure and bool(target) and instruction.operands.startswith("`")
+    if not (is_sure and name in ("BRA", *ENDS)):
+        found.append(i + 1)
+    return found
 
 
 def _result(instruction: Instruction) -> range:

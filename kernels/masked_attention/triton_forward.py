@@ -37,23 +37,28 @@ def _finish(
     H: tl.constexpr,
     D: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     SAVE_LSE: tl.constexpr,
 ):
     """Store O = acc / row_sum and lse; zeros and -inf for rows outside and for those without keys.
 
+    Where no lengths or masks are (not `IS_RAGGED`) every row has keys and none outside is stored.
     As `row_max`, lse is to base 2: the backward's exponents would only round it twice more.
     """
     is_row = mask & (row_sum != 0)
-    inverse = 1.0 / tl.where(is_row, row_sum, 1.0)
+    inverse = 1.0 / (tl.where(is_row, row_sum, 1.0) if IS_RAGGED else row_sum)
     o = ()
     for i in tl.static_range(len(acc)):
+        x = acc[i] * inverse[:, None]
         # Selected, not multiplied: rows outside may hold NaN.
-        o = o + (tl.where(is_row[:, None], acc[i] * inverse[:, None], 0.0),)
+        o = o + (tl.where(is_row[:, None], x, 0.0) if IS_RAGGED else x,)
     inside = offs_m < M
     # Behind its length a sample still owns rows; behind its end a packed segment does not.
     store_rows(o_ptr, rows, H * D, inside if HAS_LENGTHS else mask, o, D)
     if SAVE_LSE:
-        lse = tl.where(is_row, row_max + tl.log2(row_sum), float("-inf"))
+        lse = row_max + tl.log2(row_sum)
+        if IS_RAGGED:
+            lse = tl.where(is_row, lse, float("-inf"))
         tl.store(lse_ptr + offs_m, lse, mask=inside)
 
 
@@ -85,6 +90,7 @@ def fwd_resident_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     ALIGN: tl.constexpr,
+    IS_PACKED_QKV: tl.constexpr,
     IS_PACKED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     IS_BOUND: tl.constexpr,
@@ -100,6 +106,9 @@ def fwd_resident_kernel(
     Its NUM_KEYS, N rounded up to 16, are blocks of keys of which only the last is not full; so the
     softmax needs one maximum and one sum.
     """
+    if IS_PACKED_QKV:
+        stride_kb, stride_kn, stride_kh = stride_qb, stride_qm, stride_qh
+        stride_vb, stride_vn, stride_vh = stride_qb, stride_qm, stride_qh
     h = tl.program_id(0) % H
     b = (tl.program_id(0) // H).to(tl.int64)
     first, num_queries, num_keys = find_sample(
@@ -180,6 +189,7 @@ def fwd_resident_kernel(
             H,
             D,
             HAS_LENGTHS,
+            IS_RAGGED,
             SAVE_LSE,
         )
     if IS_BOUND:
@@ -199,6 +209,7 @@ def fwd_resident_kernel(
                 H,
                 D,
                 HAS_LENGTHS,
+                IS_RAGGED,
                 SAVE_LSE,
             )
 
@@ -231,6 +242,7 @@ def fwd_streaming_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     ALIGN: tl.constexpr,
+    IS_PACKED_QKV: tl.constexpr,
     IS_PACKED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     IS_BOUND: tl.constexpr,
@@ -241,6 +253,9 @@ def fwd_streaming_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One program per sample, head and block of queries: blocks of keys pass by, softmax online."""
+    if IS_PACKED_QKV:
+        stride_kb, stride_kn, stride_kh = stride_qb, stride_qm, stride_qh
+        stride_vb, stride_vn, stride_vh = stride_qb, stride_qm, stride_qh
     h = tl.program_id(0) % H
     num_blocks = tl.cdiv(M, BLOCK_M)
     b = (tl.program_id(0) // (H * num_blocks)).to(tl.int64)
@@ -255,6 +270,7 @@ def fwd_streaming_kernel(
     keep_ptr += b * N
     mask_ptr += b * stride_mb
 
+    IS_RAGGED: tl.constexpr = IS_PACKED or HAS_LENGTHS or HAS_MASK
     m = (tl.program_id(0) // H) % num_blocks * BLOCK_M
     offs_m = m + tl.arange(0, BLOCK_M)
     rows, mask = query_rows(offs_m, num_queries, keep_ptr, HAS_KEEP)
@@ -284,5 +300,18 @@ def fwd_streaming_kernel(
         row_max = new_max
     row_max = finite(row_max) * (scale * LOG2E)
     _finish(
-        acc, row_max, row_sum, o_ptr, lse_ptr, offs_m, rows, mask, M, H, D, HAS_LENGTHS, SAVE_LSE
+        acc,
+        row_max,
+        row_sum,
+        o_ptr,
+        lse_ptr,
+        offs_m,
+        rows,
+        mask,
+        M,
+        H,
+        D,
+        HAS_LENGTHS,
+        IS_RAGGED,
+        SAVE_LSE,
     )

@@ -1,6 +1,7 @@
 """Launches of the attention's Triton kernels: tables, launchers, what the machine code holds."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,14 @@ import triton
 from torch import Tensor
 
 from maect_fast.kernels._common.gpu import table_arch
-from maect_fast.kernels._common.launch import H200, Launch, LaunchRow, Limits, fitting
+from maect_fast.kernels._common.launch import (
+    H200,
+    Launch,
+    LaunchRow,
+    Limits,
+    fitting,
+    triton_minor,
+)
 from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.masked_attention.triton_backward import (
     bwd_block_kernel,
@@ -162,7 +170,7 @@ def _measured(milliseconds: float, others: str = "alone") -> str:
 # The first row that covers the sizes is taken.
 FORWARD = (
     # Left alone, ptxas spills to fit one block more, here and below.
-    _streaming(257, 128, (16, 32), M=1, warps=2, registers=192, fit=4, hmma=32, maxnreg=192),
+    _streaming(257, 128, (16, 32), M=1, warps=2, registers=168, fit=6, hmma=32, maxnreg=192),
     _resident(50, 64, archs=(90,), registers=96, fit=5, backing=_measured(0.068)),
     _resident(50, 80, archs=(90,), registers=128, fit=4, backing=_measured(0.086)),
     _resident(65, 64, archs=(90,), registers=96, fit=5),
@@ -192,19 +200,34 @@ FORWARD = (
     ),
     _resident(257, 32, archs=(90,), registers=255, fit=2, backing=_measured(0.499)),
     _resident(257, 64, archs=(90,), registers=255, fit=2),
-    _resident(257, 80, archs=(90,), registers=255, fit=2, backing=_measured(0.889, "first of 22")),
+    _resident(
+        257,
+        80,
+        archs=(90,),
+        registers=240,
+        fit=2,
+        maxnreg=240,
+        backing=_measured(0.889, "first of 22"),
+    ),
     *(
         _resident(
-            N, D, archs=(80,), stages=stages, triton_below=TRITON_39, registers=registers, fit=fit
+            N,
+            D,
+            archs=(80,),
+            stages=stages,
+            triton_below=TRITON_39,
+            registers=registers,
+            fit=fit,
+            maxnreg=maxnreg,
         )
-        for N, D, stages, registers, fit in (
-            (50, 64, 1, 142, 3),
-            (50, 80, 1, 140, 3),
-            (65, 64, 1, 128, 4),
-            (65, 80, 2, 150, 3),
-            (197, 32, 1, 255, 2),
-            (197, 64, 1, 255, 2),
-            (197, 80, 1, 255, 2),
+        for N, D, stages, registers, fit, maxnreg in (
+            (50, 64, 1, 142, 3, None),
+            (50, 80, 1, 128, 4, 128),
+            (65, 64, 1, 128, 4, None),
+            (65, 80, 2, 150, 3, None),
+            (197, 32, 1, 255, 2, None),
+            (197, 64, 1, 255, 2, None),
+            (197, 80, 1, 255, 2, None),
         )
     ),
     # From 3.9 on keys and values would stay in registers without LICM, which has its own price.
@@ -212,7 +235,7 @@ FORWARD = (
         _resident(N, D, archs=(80,), licm=True, triton_from=TRITON_39, registers=255, fit=2)
         for N, D in ((50, 64), (50, 80), (65, 64), (65, 80), (197, 32))
     ),
-    _streaming(257, 32, (64, 64), registers=128, fit=4),
+    _streaming(257, 32, (64, 64), registers=128, fit=4, maxnreg=128),
     _streaming(257, 80, (64, 64), registers=192, fit=2),
     _streaming(257, 128, (64, 32), registers=230, fit=2),
 )
@@ -281,6 +304,9 @@ ZERO = LaunchRow(
     sizes={"B": 512, "H": 16, "M": 257, "N": 257, "D": 80},
     limits=Limits(registers=16, blocks_per_sm=16),
 )
+# Programs per multiprocessor that fit without masks, by architecture and row: more than with them.
+# Triton 3.9 takes 195 registers at D 64.
+DENSE_FIT = {(90, "197 x 197 x 32"): 3, (90, "197 x 197 x 64"): 3}
 # Modes that every row is compiled for.
 VARIANTS: dict[str, dict[str, bool]] = {
     "dense": {},
@@ -371,13 +397,15 @@ def forward(
     *_, H, D = q.shape
     o = _empty_rows(q, q.shape, modes)
     lse = q.new_empty((B, H, M) if save_lse else (0,), dtype=torch.float32)
-    if B * M * H == 0:
-        return o, lse
+    if B * M * H == 0 or N == 0:
+        # A dense row is one with keys.
+        return o.zero_(), lse.fill_(float("-inf"))
     row = row or launch_config(FORWARD, q, M, N)
     align, strides = _strides(q, k, v)
     stride_ob = 0 if o.ndim == 3 else o.stride(0)
     arguments = (q, k, v, o, lse, *pointers, scale, M, N, *strides, stride_ob, *mask_strides)
-    options = {"H": H, "D": D, "ALIGN": align, "SAVE_LSE": save_lse, **switches, **row.options}
+    switches |= {"IS_PACKED_QKV": q.stride() == k.stride() == v.stride(), "SAVE_LSE": save_lse}
+    options = {"H": H, "D": D, "ALIGN": align, **switches, **row.options}
     if "BLOCK_N" in row.blocks:
         grid = (B * H * triton.cdiv(M, row.blocks["BLOCK_M"]),)
         launch(fwd_streaming_kernel, grid, *arguments, **options)
@@ -435,7 +463,11 @@ def machine_code(arch: int) -> Iterator[Launch]:
         kernel = fwd_streaming_kernel if "BLOCK_N" in row.blocks else fwd_resident_kernel
         for variant, modes in VARIANTS.items():
             call = partial(_forward_at, row, **modes)
-            yield Launch(kernel=kernel, row=row, call=call, variant=variant)
+            held = row
+            if not modes and triton_minor() < TRITON_39:
+                fit = DENSE_FIT.get((arch, row.label), row.limits.blocks_per_sm)
+                held = replace(row, limits=replace(row.limits, blocks_per_sm=fit))
+            yield Launch(kernel=kernel, row=held, call=call, variant=variant)
     for row in fitting(BACKWARD, arch):
         kernel = bwd_block_kernel if "BLOCK" in row.blocks else bwd_two_phase_kernel
         for variant, modes in VARIANTS.items():

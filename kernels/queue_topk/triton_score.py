@@ -141,12 +141,14 @@ def _score_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     """Queries stay in shared memory, the shadow streams; a program has some spans for its rows.
 
     A span of SPAN slots has STRIDE groups. Of each, `first` [B, G] fp32 is the largest score, with
     the number of its pair in the low bits, and `second` [B, G] int16 the upper half of an fp32
-    number not below the largest score of all other pairs. A tile has PARTS products. `reach`
+    number not below the largest score of all other pairs. A tile has PARTS products, each in
+    SLICES of the features; with more than one the query is read once. `reach`
     [programs, 2] gets the largest bounds of the spans: of a row's distance to its rounding, and of
     its norm.
     """
@@ -157,14 +159,32 @@ def _score_kernel(
     MASK: tl.constexpr = SPAN // STRIDE // PAIR - 1
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D // SLICES)
     offs_c = tl.arange(0, WIDTH)[:, None] * PADDED_D + offs_d[None, :]
     query_ptrs = query_ptr + offs_b * stride_qb
-    NARROW: tl.constexpr = min(BLOCK_D, 64)
-    inverse, largest = _inverse_norms(query_ptrs, mask_b, D, NARROW, BLOCK_B)
+    if SLICES == 1:
+        NARROW: tl.constexpr = min(BLOCK_D, 64)
+        inverse, largest = _inverse_norms(query_ptrs, mask_b, D, NARROW, BLOCK_B)
+        raw = (_load_slice(query_ptrs, mask_b, 0, D, BLOCK_D),)
+    else:
+        # Read once, all under way together, where the other form makes nine trips in a chain.
+        raw = ()
+        for i in tl.static_range(SLICES):
+            offs_x = i * BLOCK_D // SLICES + tl.arange(0, BLOCK_D // SLICES)
+            inside = mask_b[:, None] & (offs_x < D)[None, :]
+            raw = raw + (tl.load(query_ptrs[:, None] + offs_x[None, :], inside, other=0.0),)
+        largest = tl.full((BLOCK_B,), SMALLEST, tl.float32)
+        for i in tl.static_range(SLICES):
+            largest = tl.maximum(largest, tl.max(tl.abs(raw[i].to(tl.float32)), axis=1))
+        square = tl.zeros((BLOCK_B,), tl.float32)
+        for i in tl.static_range(SLICES):
+            scaled = raw[i].to(tl.float32) / largest[:, None]
+            square += tl.sum(scaled * scaled, axis=1)
+        inverse = 1 / tl.maximum(largest * tl.sqrt(square), EPS)
     largest *= inverse
-    x = _load_slice(query_ptrs, mask_b, 0, D, BLOCK_D)
-    q = _round_unit(x * inverse[:, None], largest, IS_INT8)
+    q = ()
+    for i in tl.static_range(SLICES):
+        q = q + (_round_unit(raw[i].to(tl.float32) * inverse[:, None], largest, IS_INT8),)
     pair = tl.arange(0, COUNT * STRIDE) // STRIDE
 
     num_tiles = tl.cdiv(Q, BLOCK_Q)
@@ -178,7 +198,10 @@ def _score_kernel(
             # One scalar and offsets that do not change: the copies need no addresses of their own.
             c_ptr = shadow_ptr + (tl.cast(tile, tl.int64) * PARTS + part) * (WIDTH * PADDED_D)
             c = tl.load(c_ptr + offs_c)
-            acc = tl.dot(q, tl.trans(c))  # [BLOCK_B, WIDTH] fp32, int32
+            acc = tl.dot(q[0], tl.trans(c))  # [BLOCK_B, WIDTH] fp32, int32
+            for i in tl.static_range(1, SLICES):
+                c = tl.load(c_ptr + i * (BLOCK_D // SLICES) + offs_c)
+                acc = tl.dot(q[i], tl.trans(c), acc, out_dtype=acc.dtype)
             if PADDED_D > BLOCK_D:
                 for d in range(BLOCK_D, PADDED_D, BLOCK_D):
                     x = _load_slice(query_ptrs, mask_b, d, D, BLOCK_D) * inverse[:, None]
@@ -289,7 +312,7 @@ ANY_SHADOW = (
         label="few rows",
         num_warps=4,
         num_stages=2,
-        blocks={"BLOCK_B": 64, "BLOCK_Q": 128, "PARTS": 4},
+        blocks={"BLOCK_B": 64, "BLOCK_Q": 128, "PARTS": 4, "SLICES": 1},
         archs=(80, 86),
         sizes={"B": 64, "Q": 65_536, "D": 256, "K": 20},
         limits=Limits(registers=184, blocks_per_sm=1, products=4 * ((64, 32, 256),), **EPILOGUE),
@@ -298,7 +321,7 @@ ANY_SHADOW = (
         label="few rows",
         num_warps=4,
         num_stages=2,
-        blocks={"BLOCK_B": 64, "BLOCK_Q": 128, "PARTS": 1},
+        blocks={"BLOCK_B": 64, "BLOCK_Q": 128, "PARTS": 1, "SLICES": 1},
         archs=(90,),
         sizes={"B": 64, "Q": 65_536, "D": 256, "K": 20},
         limits=Limits(registers=222, blocks_per_sm=1, products=((64, 128, 256),), **EPILOGUE),
@@ -308,7 +331,7 @@ ANY_SHADOW = (
         label="two views",
         num_warps=8,
         num_stages=2,
-        blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 4},
+        blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 4, "SLICES": 1},
         archs=(80,),
         sizes={"B": 1024, "Q": 65_536, "D": 256, "K": 20},
         limits=Limits(registers=186, blocks_per_sm=1, products=4 * ((128, 32, 256),), **EPILOGUE),
@@ -317,7 +340,7 @@ ANY_SHADOW = (
         label="128 rows",
         num_warps=8,
         num_stages=2,
-        blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 1},
+        blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 1, "SLICES": 1},
         archs=(90,),
         sizes={"B": 128, "Q": 65_536, "D": 256, "K": 20},
         limits=Limits(registers=212, blocks_per_sm=1, products=((128, 128, 256),), **EPILOGUE),
@@ -331,7 +354,7 @@ TWO_VIEWS = LaunchRow(
     triton_below=(3, 9),
     num_warps=16,
     num_stages=3,
-    blocks={"BLOCK_B": 256, "BLOCK_Q": 64, "PARTS": 1},
+    blocks={"BLOCK_B": 256, "BLOCK_Q": 64, "PARTS": 1, "SLICES": 2},
     archs=(90,),
     sizes={"B": 1024, "Q": 65_536, "D": 256, "K": 20},
     limits=Limits(registers=128, blocks_per_sm=1, products=((256, 64, 256),), **EPILOGUE),
@@ -346,7 +369,7 @@ WIDE = (
         label="wide rows",
         num_warps=4,
         num_stages=2,
-        blocks={"BLOCK_B": 64, "BLOCK_Q": 64, "PARTS": 2},
+        blocks={"BLOCK_B": 64, "BLOCK_Q": 64, "PARTS": 2, "SLICES": 1},
         archs=(80, 86),
         sizes={"B": 4096, "Q": 65_536, "D": 1280, "K": 20},
         limits=Limits(registers=255, blocks_per_sm=2, products=4 * ((64, 32, 128),)),
@@ -355,7 +378,7 @@ WIDE = (
         label="wide rows",
         num_warps=8,
         num_stages=2,
-        blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 1},
+        blocks={"BLOCK_B": 128, "BLOCK_Q": 128, "PARTS": 1, "SLICES": 1},
         archs=(90,),
         sizes={"B": 4096, "Q": 65_536, "D": 1280, "K": 20},
         limits=Limits(registers=252, blocks_per_sm=1, products=2 * ((128, 128, 128),)),

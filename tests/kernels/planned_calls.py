@@ -344,6 +344,13 @@ def other_ways() -> None:
         assert len(seen_by_hook) == 1
     finally:
         knobs.runtime.launch_enter_hook.remove(seen_by_hook.append)
+    # Packed rows are launched with one set of strides.
+    q, k, v = qkv.unbind(2)
+    attention(q, k, v)
+    modes = (None,) * 4
+    assert attention_op.FORWARD.replay((q, k, v, *modes), arguments) is not None
+    for own in ((q.contiguous(), k, v), (q, k.contiguous(), v), (q, k, v.contiguous())):
+        assert attention_op.FORWARD.replay((*own, *modes), arguments) is None, "strides"
     # One tensor in three places says nothing about which address is whose.
     attention_op.FORWARD._plans.clear()
     x = randn(2, 50, 2, 64)

@@ -606,6 +606,34 @@ def test_strided_inputs(mode: str, layout: str, backend: str, device: torch.devi
     assert o.is_contiguous()
 
 
+@needs_triton
+@pytest.mark.parametrize("blocks", [{"BLOCK_M": 64, "LICM": False}, {"BLOCK_M": 64, "BLOCK_N": 64}])
+def test_each_of_q_k_v_may_have_strides_of_its_own(
+    blocks: dict[str, int], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Both forward kernels are compiled for one set and for three, and add up the same numbers."""
+    kernel = triton_kernel()
+    row = next(row for row in kernel.FORWARD if row.blocks == blocks)
+    use_rows(monkeypatch, FORWARD=row)
+    launched: list[bool] = []
+    make = kernel.launch
+
+    def launch(function: Any, *arguments: Any, **options: Any) -> None:
+        if "IS_PACKED_QKV" in options:
+            launched.append(options["IS_PACKED_QKV"])
+        make(function, *arguments, **options)
+
+    monkeypatch.setattr(kernel, "launch", launch)
+    qkv = make_qkv("dense", 2, 9, device=device, dtype=dtypes("triton", device)[0])
+    q, k, v = qkv.unbind(2)
+    # Batches, rows and heads lie differently.
+    own = q.contiguous(), k.contiguous(), v.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = attention(q, k, v, backend="triton")
+    for scattered in ((q, own[1], v), (own[0], k, v), (q, k, own[2]), own):
+        assert torch.equal(attention(*scattered, backend="triton"), expected)
+    assert launched == [True, False, False, False, False]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_gradient_is_one_contiguous_buffer(
