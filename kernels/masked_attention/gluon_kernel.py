@@ -100,7 +100,7 @@ def _backward_row(N: int, D: int, **limits: Any) -> LaunchRow:
 
 
 # The first row that covers the sizes is taken. Masks cost the stack: the producer's, and of the
-# backward at D 80 one load in consumer 1's main loop; dense loops of products have none.
+# backward at D 80 one load in consumer 1's main loop. Dense main loops have none.
 FORWARD = (
     _forward_row(65, 80, stages=4, slots=8, registers=(232, 40), stack=16),
     _forward_row(197, 64, stages=2, slots=4, registers=(232, 40), stack=8),
