@@ -16,6 +16,7 @@ from maect_fast.benchmarks.run import dtype_name, first_line, gate
 from maect_fast.benchmarks.warm import compile_ahead
 from maect_fast.kernels import attention, masked_attention
 from maect_fast.kernels._common.backend import Backend
+from maect_fast.kernels.masked_attention.op import gluon_obstacle
 from maect_fast.testing import random_qkv
 
 __all__ = ["check", "launch_sizes", "own_call"]
@@ -26,6 +27,7 @@ REMEDY = (
 )
 # Tokens of masked samples: one, and those of MAE's encoder and of the whole ViT.
 MASKED_N = (1, 50, 197)
+GLUON_N = (*MASKED_N, 257)
 
 Results = list[tuple[str, str | None]]
 """Cases and what is wrong with them."""
@@ -88,6 +90,14 @@ def _plan(
         if "masked_attention" in names:
             masked = [case for N in MASKED_N for case in _masked(3, N, dtype, device)]
             yield "masked_attention, masked", dtype, masked
+    some_qkv = torch.empty(1, 1, 3, 1, 64, dtype=torch.bfloat16, device=device)
+    if (
+        "masked_attention" in names
+        and gluon_obstacle((None,) * 5, 1.0, *some_qkv.unbind(2)) is None
+    ):
+        # Last: no GPU has run it, and a wrong barrier would hang.
+        gluon = [x for N in GLUON_N for x in _masked(3, N, some_qkv.dtype, device, "gluon")]
+        yield "masked_attention, gluon", some_qkv.dtype, gluon
 
 
 def _verdict(name: str, dtype: torch.dtype, results: Results, seconds: float) -> tuple[str, bool]:
@@ -138,14 +148,16 @@ def launch_sizes(op: Op[Any], device: torch.device) -> list[Sizes]:
 Attend = Callable[[Tensor, Backend], Tensor]
 
 
-def _masked(B: int, N: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """Attention with tokens left out."""
+def _masked(
+    B: int, N: int, dtype: torch.dtype, device: torch.device, backend: Backend = "auto"
+) -> Iterator[Case]:
+    """Attention with tokens left out, and with none."""
     make = partial(random_qkv, B, N, heads=2, dim=64, dtype=dtype, device=device)
 
     def judge(attend: Attend) -> str | None:
         qkv = make()
         try:
-            found = _differentiate(attend, qkv, "auto")
+            found = _differentiate(attend, qkv, backend)
             eager = _differentiate(attend, qkv, "reference")
             check_budget(found, eager, _differentiate(attend, qkv.double(), "reference"))
         except (AssertionError, RuntimeError) as error:
@@ -155,7 +167,7 @@ def _masked(B: int, N: int, dtype: torch.dtype, device: torch.device) -> Iterato
     for name, attend in _maskings(B, N, device).items():
         yield Case(
             name=f"B{B} N{N} {name}",
-            call=lambda attend=attend: _differentiate(attend, make(), "auto"),  # type: ignore[misc]
+            call=lambda attend=attend: _differentiate(attend, make(), backend),  # type: ignore[misc]
             judge=partial(judge, attend),
         )
 
@@ -171,6 +183,7 @@ def _maskings(B: int, N: int, device: torch.device) -> dict[str, Attend]:
     # A sample without a key: zeros, not NaN.
     key_mask[0] = False
     return {
+        "dense": lambda qkv, backend: masked_attention(qkv, backend=backend),
         "keep": lambda qkv, backend: masked_attention(qkv, keep=keep, backend=backend),
         "seqlens": lambda qkv, backend: masked_attention(qkv, seqlens=seqlens, backend=backend),
         "cu_seqlens": lambda qkv, backend: masked_attention(

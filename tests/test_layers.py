@@ -14,12 +14,13 @@ PACKAGE = "maect_fast.kernels"
 
 # A file of an op imports only files further down, never one beside it.
 RANK = {
-    "__init__": 9,
-    "api": 8,
-    "buffer": 8,
-    "symmetric": 8,
-    "gather": 7,
-    "op": 6,
+    "__init__": 10,
+    "api": 9,
+    "buffer": 9,
+    "symmetric": 9,
+    "gather": 8,
+    "op": 7,
+    "gluon_kernel": 6,
     "padded": 5,
     "triton_kernel": 5,
     "reference": 5,
@@ -36,8 +37,9 @@ RANK |= {
     "triton_rank": 4,
 }
 RANK |= {"triton_rows": 1, "triton_forward": 2, "triton_backward": 2}
+RANK |= {"gluon_rows": 2, "gluon_forward": 3, "gluon_backward": 3}
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
-TRITON_FILES = {name for name in RANK if name.startswith("triton_")}
+TRITON_FILES = {name for name in RANK if name.startswith(("triton_", "gluon_"))}
 TRITON_FILES |= {"_common", "_common.triton"}
 
 FRONT_END_PACKAGES = (
@@ -99,7 +101,7 @@ def broken_rule(op: str, file: str, name: str, *, top_level: bool) -> str | None
         if package not in ALLOWED_OUTSIDE:
             return "kernels need nothing but torch, triton and numpy"
         if package == "triton" and (file not in TRITON_FILES or (file == "_common" and top_level)):
-            return "triton is imported by triton_*.py alone, so that all else works without it"
+            return "triton is imported by {triton,gluon}_*.py, so that all else works without it"
         return None
     if not f"{name}.".startswith(f"{PACKAGE}."):
         return "kernels never import the front end"
@@ -107,7 +109,7 @@ def broken_rule(op: str, file: str, name: str, *, top_level: bool) -> str | None
     if op == "":
         return None if other_file == "__init__" else "the index re-exports the ops' public names"
     if other_file == "_common.triton" and (file not in TRITON_FILES or file == "_common"):
-        return "what needs triton is imported by triton_*.py alone"
+        return "what needs triton is imported by {triton,gluon}_*.py alone"
     if other_op == "_common":
         return None
     if other_op != op:

@@ -19,6 +19,7 @@ from maect_fast.benchmarks.machine_code.assembly import (
     parse_ptx,
     parse_sass,
     read_shares,
+    roles,
     tensor_shape,
 )
 from maect_fast.benchmarks.machine_code.cli import registered
@@ -34,6 +35,7 @@ from maect_fast.kernels._common.launch import (
     tables_in_use,
     triton_minor,
 )
+from maect_fast.kernels.masked_attention.op import GLUON_RELEASES
 
 CONTROLS = "maect_fast.benchmarks.machine_code.controls"
 
@@ -292,6 +294,41 @@ def test_kernels_bound_by_bytes_have_a_limit_per_element() -> None:
     assert instructions(limits, straight) == 2.25
 
 
+ROLES = [
+    "STL [R1], R8",
+    "USETMAXREG.DEALLOC.CTAPOOL 0x28",
+    "LDL R8, [R1]",
+    "LDGSTS.E.128 [R2], desc[UR6][R4.64]",
+    "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8",
+    "LDL R8, [R1]",
+    *LOOP[:4],
+    "STG.E.128 desc[UR6][R8.64], R28",
+    *LOOP[4:],
+    "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x100",
+]
+
+
+def test_warp_groups_have_roles_with_registers_of_their_own() -> None:
+    """The producer copies and reads the stack, the consumer does so before its loop."""
+    found = replace(SOUND, stack_bytes=8, code=parse_sass(listing(ROLES, slice(6, 13))))
+    producer, consumer = roles(found.code)
+    assert (producer.registers, producer.products, producer.spills) == (40, 0, 1)
+    assert (consumer.registers, consumer.products, consumer.spills) == (232, 2, 1)
+    assert producer.spills_in_loop == consumer.spills_in_loop == 0
+    limits = replace(LIMITS, stack_bytes=8, roles=(232, 40))
+    assert failures(limits, 90, found) == []
+    message = "registers of the roles: found [40, 232], expected [40, 224]"
+    assert failures(replace(limits, roles=(224, 40)), 90, found) == [message]
+    assert failures(LIMITS, 90, SOUND) == []
+
+
+def test_a_role_that_multiplies_must_not_spill_in_its_main_loop() -> None:
+    found = replace(SOUND, stack_bytes=8, code=parse_sass(listing(ROLES, slice(5, 13))))
+    limits = replace(LIMITS, stack_bytes=8, roles=(232, 40))
+    message = "spills in a role's main loop: found 1, expected at most 0"
+    assert failures(limits, 90, found) == [message]
+
+
 def test_the_compiler_may_leave_out_padding() -> None:
     """Warps' products of a masked tail go, as long as the useful ones stay."""
     mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -334,8 +371,9 @@ def test_kernels_register_by_their_file(tmp_path: Path) -> None:
     for op in ("queue_topk", "info_nce"):
         (tmp_path / op).mkdir()
         (tmp_path / op / "triton_kernel.py").touch()
+    (tmp_path / "info_nce" / "gluon_kernel.py").touch()
     (tmp_path / "_common").mkdir()
-    names = ["maect_fast.kernels.info_nce.triton_kernel"]
+    names = [f"maect_fast.kernels.info_nce.{kind}_kernel" for kind in ("gluon", "triton")]
     assert registered(tmp_path) == [*names, "maect_fast.kernels.queue_topk.triton_kernel"]
 
 
@@ -487,3 +525,23 @@ def test_doctor_warns_of_a_ptxas_that_drops_work(monkeypatch: pytest.MonkeyPatch
     assert "12.8 at /bin/ptxas, known to drop work" in ptxas_line(monkeypatch, (12, 8))
     assert ptxas_line(monkeypatch, (13, 1)).endswith("13.1 at /bin/ptxas")
     assert ptxas_line(monkeypatch, None).endswith("missing: comes with triton")
+
+
+@pytest.mark.skipif(triton_minor() not in GLUON_RELEASES, reason="compiled with another Triton")
+def test_a_kernel_of_three_roles_compiles_within_its_limits() -> None:
+    """Twelve warps, 232 registers for each consumer, all products on the tensor cores."""
+    source = (
+        "from maect_fast.benchmarks.machine_code.assembly import roles\n"
+        "from maect_fast.benchmarks.machine_code.compile import compile_source, jobs\n"
+        "from maect_fast.benchmarks.machine_code.gate import failures\n"
+        "from maect_fast.kernels.masked_attention import gluon_kernel as kernels\n"
+        "launch = next(iter(kernels.machine_code(90)))\n"
+        "(job,) = jobs('masked_attention', launch, 90)\n"
+        "found = compile_source(job.source)\n"
+        "assert failures(job.limits, 90, found) == []\n"
+        "assert found.num_warps == 4 and found.blocks_per_sm == 1\n"
+        "assert sorted(x.registers for x in roles(found.code)) == [40, 232, 232]\n"
+        "print([(x.products, x.spills) for x in roles(found.code)])\n"
+    )
+    done = python("-c", source)
+    assert done.returncode == 0, done.stderr

@@ -4,11 +4,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 __all__ = [
     "ARITHMETIC",
     "Code",
     "Instruction",
+    "Role",
     "Shape",
     "count",
     "flops",
@@ -19,6 +21,7 @@ __all__ = [
     "parse_ptx",
     "parse_sass",
     "read_shares",
+    "roles",
     "tensor_shape",
 ]
 
@@ -71,6 +74,21 @@ class Code:
     """Indices of the instructions behind them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one warp group does of a kernel whose warp groups have roles."""
+
+    registers: int
+    """Per thread, that it takes for itself."""
+    code: range
+    """Of its instructions, up to where it gives the registers back."""
+    products: int
+    spills: int
+    """Loads and stores of the stack."""
+    spills_in_loop: int
+    """Of these, in the innermost loop that multiplies most."""
+
+
 def parse_ptx(text: str) -> Counter[str]:
     """How often each PTX instruction is there, modifiers included."""
     return Counter(PTX.findall(text))
@@ -120,6 +138,32 @@ def innermost_tensor_loops(code: Code) -> list[range]:
         for loop in loops
         if not any(inner != loop and inner[0] in loop and inner[-1] in loop for inner in loops)
     ]
+
+
+def roles(code: Code) -> list[Role]:
+    """The roles that multiply or copy, in the order of the machine code; empty without any."""
+    changes = [i for i, x in enumerate(code.instructions) if x.opcode.startswith("USETMAXREG")]
+    found = []
+    for start, end in pairwise([*changes, len(code.instructions)]):
+        part = range(start, end)
+        opcodes = {i: code.instructions[i].opcode for i in part}
+        products = [i for i in part if tensor_shape(opcodes[i])]
+        if not products and not any(x.startswith("LDGSTS") for x in opcodes.values()):
+            continue
+        spills = [i for i in part if opcodes[i].startswith(("LDL", "STL"))]
+        # Where a wait begins again, at the end of the program, is no loop of the role's.
+        own = Code(code.instructions, [x for x in code.loops if x[0] in part and x[-1] in part])
+        loop = main_loop(own, 4)
+        found.append(
+            Role(
+                registers=int(code.instructions[start].operands.split()[-1], 16),
+                code=part,
+                products=len(products),
+                spills=len(spills),
+                spills_in_loop=sum(i in loop for i in spills),
+            )
+        )
+    return found
 
 
 def main_loop(code: Code, num_warps: int) -> range:

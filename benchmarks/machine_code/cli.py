@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--module",
         nargs="+",
         metavar="NAME",
-        help="modules with a machine_code(arch); default: every kernels/*/triton_kernel.py",
+        help="modules with a machine_code(arch); default: every kernels/*/*_kernel.py",
     )
     options = parser.parse_args(arguments)
     if why := _why_not():
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def registered(folder: Path = KERNELS) -> list[str]:
-    """Modules of the ops in a kernels/ folder that have Triton kernels."""
-    found = sorted(folder.glob("*/triton_kernel.py"))
-    return [f"maect_fast.kernels.{path.parent.name}.triton_kernel" for path in found]
+    """Modules in a kernels/ folder that launch an op's Triton or Gluon kernels."""
+    found = sorted(folder.glob("*/*_kernel.py"))
+    return [f"maect_fast.kernels.{path.parent.name}.{path.stem}" for path in found]
 
 
 def launches_for(arch: int, module: str) -> Iterator[Launch]:

@@ -12,6 +12,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from maect_fast.benchmarks.machine_code.assembly import Code, parse_ptx, parse_sass
@@ -73,6 +74,7 @@ class Compiled:
     """What the compiler made of a job."""
 
     num_warps: int
+    """That run the same instructions: all, or a warp group's where those have roles."""
     registers: int
     stack_bytes: int
     static_shared: int
@@ -149,7 +151,9 @@ def compile_source(source: Source) -> Compiled:
         RuntimeError: it does not compile.
     """
     kernel = getattr(importlib.import_module(source.module), source.function)
-    ast = ASTSource(kernel, source.signature, source.constants, source.attributes)
+    # Gluon's has more than Triton's: layouts.
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    ast = kind(kernel, source.signature, source.constants, source.attributes)
     try:
         binary = triton.compile(ast, target=_target(source.arch), options=source.options)
     except Exception as error:
@@ -165,16 +169,16 @@ def compile_source(source: Source) -> Compiled:
     )
     static_shared = max(0, shared - (RESERVED_SHARED if source.arch >= 90 else 0))
     dynamic_shared: int = binary.metadata.shared
-    num_warps: int = binary.metadata.num_warps
     return Compiled(
-        num_warps=num_warps,
+        num_warps=source.options["num_warps"],
         registers=registers,
         stack_bytes=stack,
         static_shared=static_shared,
         dynamic_shared=dynamic_shared,
         blocks_per_sm=blocks_per_sm(
             source.arch,
-            num_warps=num_warps,
+            # Of all roles.
+            num_warps=binary.metadata.num_warps,
             registers=registers,
             shared=static_shared + dynamic_shared,
         ),

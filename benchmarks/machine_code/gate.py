@@ -13,6 +13,7 @@ from maect_fast.benchmarks.machine_code.assembly import (
     longest_loop,
     main_loop,
     read_shares,
+    roles,
     tensor_shape,
 )
 from maect_fast.benchmarks.machine_code.compile import Compiled
@@ -42,6 +43,7 @@ def failures(limits: Limits, arch: int, found: Compiled) -> list[str]:
     """Every broken limit, in words: what, found, expected."""
     return [
         *_resources(limits, found),
+        *_roles(limits, found),
         *_products(limits, arch, found),
         *_operations(limits, found),
     ]
@@ -78,6 +80,17 @@ def _resources(limits: Limits, found: Compiled) -> Iterator[str]:
         shared = found.static_shared + found.dynamic_shared
         yield from _at_most("shared bytes", shared, limits.shared_bytes)
     yield from _at_least("blocks per multiprocessor", found.blocks_per_sm, limits.blocks_per_sm)
+
+
+def _roles(limits: Limits, found: Compiled) -> Iterator[str]:
+    parts = roles(found.code)
+    registers = sorted(part.registers for part in parts)
+    if registers != sorted(limits.roles):
+        yield f"registers of the roles: found {registers}, expected {sorted(limits.roles)}"
+    for part in parts:
+        if part.products:
+            most = limits.spills_in_loop
+            yield from _at_most("spills in a role's main loop", part.spills_in_loop, most)
 
 
 def _products(limits: Limits, arch: int, found: Compiled) -> Iterator[str]:

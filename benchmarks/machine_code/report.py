@@ -9,6 +9,7 @@ from maect_fast.benchmarks.machine_code.assembly import (
     Code,
     count,
     main_loop,
+    roles,
 )
 from maect_fast.benchmarks.machine_code.compile import Compiled, Job
 from maect_fast.benchmarks.machine_code.gate import alu_per_result, instructions, waste
@@ -41,6 +42,9 @@ def columns(job: Job, found: Compiled) -> dict[str, str]:
         "UTMA": sum(n for opcode, n in opcodes.items() if opcode.startswith("UTMA")),
         "128-bit loads": sum(
             n for opcode, n in opcodes.items() if opcode.split(".")[0] in loads and ".128" in opcode
+        ),
+        "roles: registers, spills (in the main loop)": "; ".join(
+            f"{x.registers}, {x.spills} ({x.spills_in_loop})" for x in roles(found.code)
         ),
         "waste": f"{waste(job.limits, found):.2f}" if job.limits.products else "",
         "ALU/result": f"{alu_per_result(job.limits, found):.2f}"

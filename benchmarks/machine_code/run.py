@@ -4,6 +4,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -70,8 +71,9 @@ def examine(modules: Sequence[ModuleType], pool: Executor) -> tuple[list[Verdict
     """Compile and judge all rows of the modules; with them, what is wrong with the registration."""
     registered, wrong = [], []
     for module in modules:
-        op = module.__name__.removesuffix(".triton_kernel").rpartition(".")[2]
-        for arch in ARCHS:
+        op = re.sub(r"\.(triton|gluon)_kernel$", "", module.__name__).rpartition(".")[2]
+        # Some are for one architecture.
+        for arch in getattr(module, "ARCHS", ARCHS):
             launches = list(module.machine_code(arch))
             if not launches:
                 wrong.append(f"{op}: expected a launch for sm_{arch}, got none")

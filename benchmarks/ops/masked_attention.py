@@ -7,7 +7,7 @@ block does; `bwd` is the backward alone; `full` is both.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from maect_fast.benchmarks.registry import (
     judged_samples,
 )
 from maect_fast.kernels import masked_attention
+from maect_fast.kernels.masked_attention.op import gluon_obstacle
 from maect_fast.testing import random_qkv
 
 __all__ = ["OP"]
@@ -158,6 +159,14 @@ def _eager(qkv: Tensor) -> Tensor:
 @OP.provider(OURS)
 def ours(x: Inputs, mode: str) -> Call:
     return _differentiate(x, mode, masked_attention)
+
+
+@OP.provider(f"{OURS} Gluon")
+def gluon(x: Inputs, mode: str) -> Call:
+    """The warp-specialised kernels, which "auto" takes once rows of this say that it should."""
+    if reason := gluon_obstacle((None,) * 5, 1.0, *x.qkv.unbind(2)):
+        raise UnavailableError(reason)
+    return _differentiate(x, mode, partial(masked_attention, backend="gluon"))
 
 
 @OP.provider(EAGER)

@@ -7,12 +7,17 @@ import torch
 
 __all__ = ["Backend", "Obstacle", "check_backend"]
 
-Backend: TypeAlias = Literal["auto", "triton", "cpp", "reference"]
+Backend: TypeAlias = Literal["auto", "triton", "gluon", "cpp", "reference"]
 Obstacle: TypeAlias = Callable[[], str | None]
 
 
 def check_backend(
-    op: str, backend: str, *, triton: Obstacle | None = None, cpp: Obstacle | None = None
+    op: str,
+    backend: str,
+    *,
+    triton: Obstacle | None = None,
+    gluon: Obstacle | None = None,
+    cpp: Obstacle | None = None,
 ) -> None:
     """Refuse a backend that `op` cannot run; nothing falls back silently.
 
@@ -20,6 +25,7 @@ def check_backend(
         op: public name of the op, for the message.
         backend: what the caller asked for.
         triton: says why the op's Triton kernels cannot take its inputs; None if it has no such.
+        gluon: the same of its warp-specialised kernels.
         cpp: the same of its C++ kernel.
 
     Raises:
@@ -28,7 +34,7 @@ def check_backend(
     """
     if backend in ("auto", "reference"):
         return
-    obstacles = {"triton": triton, "cpp": cpp}
+    obstacles = {"triton": triton, "gluon": gluon, "cpp": cpp}
     built = ["auto", *(name for name, why in obstacles.items() if why is not None), "reference"]
     usable = ", ".join(repr(name) for name in built)
     if backend not in obstacles:

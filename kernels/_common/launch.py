@@ -82,6 +82,11 @@ class Limits:
     """At most so many of each in the innermost loop that multiplies most: ``{"SHFL": 8}``."""
     alu_per_result: float | None = None
     """At most so many arithmetic instructions of that loop for each of its products' results."""
+    roles: tuple[int, ...] = ()
+    """Registers per thread of each warp group, of a kernel whose warp groups have roles."""
+    spills_in_loop: int = 0
+    """At most so many loads and stores of the stack in the main loop of a role that multiplies,
+    whatever `stack_bytes` admits elsewhere."""
     elements: int = 0
     """Of a kernel bound by bytes: numbers of its result that a block makes, without padding; those
     of one trip if it has a loop."""

@@ -7,10 +7,9 @@ from maect_fast.kernels._common import checks
 from maect_fast.kernels._common.backend import Backend, check_backend
 from maect_fast.kernels._common.checks import FLOATING, INDEX, check_tensor, expect
 from maect_fast.kernels.masked_attention import op, reference
+from maect_fast.kernels.masked_attention.op import Modes
 
 __all__ = ["attention", "masked_attention"]
-
-Modes = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, Tensor | None]
 
 
 def masked_attention(
@@ -38,7 +37,7 @@ def masked_attention(
         max_seqlen: with `cu_seqlens`, an int; what a longer segment gives is undefined.
         key_mask: [B, N] bool, True = takes part as a key (as a query it does anyway).
         scale: factor of the scores, ``D ** -0.5`` by default.
-        backend: "auto": Triton for halves on CUDA, else PyTorch's kernels; "triton"; "reference".
+        backend: "auto": Triton for halves on CUDA, else PyTorch's; "triton"; "gluon"; "reference".
 
     Returns:
         [B, N, H, D] or, packed, [T, H, D]; contiguous, dtype of `qkv`.
@@ -91,7 +90,7 @@ def _attend(
     factor = inputs[0].shape[-1] ** -0.5 if scale is None else scale
     checks.check_number("scale", factor)
     if backend != "auto":
-        check_backend(name, backend, triton=lambda: op.triton_obstacle(factor, *inputs))
+        check_backend(name, backend, **op.obstacles(modes, factor, *inputs))
         if backend == "reference":
             return getattr(reference, name)(*inputs, *modes, factor)[0]  # type: ignore[no-any-return]
     differentiable = op.masked_attention if len(inputs) == 1 else op.attention

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maect_fast.kernels._common import gpu
+from maect_fast.kernels._common.backend import Obstacle
+from maect_fast.kernels._common.launch import triton_minor
 from maect_fast.kernels._common.library import Differentiable, needs_gradient, operator
 from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.masked_attention import padded
@@ -28,12 +30,17 @@ __all__ = [
     "masked_attention",
     "masked_attention_bwd",
     "masked_attention_fwd",
+    "obstacles",
     "triton_obstacle",
 ]
 
 Modes = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, Tensor | None]
 PACKED_FORWARD, PACKED_BACKWARD, FORWARD, BACKWARD = Plans(), Plans(), Plans(), Plans()
 MAX_HEAD_DIM = 128
+# A row of scores and one of results are in the registers of a warp group.
+GLUON_HEAD_DIM, GLUON_TOKENS = 80, 272
+# Releases that the Gluon kernels were compiled with, which changes between them.
+GLUON_RELEASES = ((3, 6),)
 # Rows of a sample are found by 32-bit offsets.
 MAX_OFFSET = 2**31
 
@@ -53,6 +60,41 @@ def triton_obstacle(scale: float, *inputs: Tensor) -> str | None:
     return gpu.obstacle(*inputs)
 
 
+def obstacles(modes: Modes, scale: float, *inputs: Tensor) -> dict[str, Obstacle]:
+    """By backend, what says why it cannot take these arguments."""
+    return {
+        "triton": partial(triton_obstacle, scale, *inputs),
+        "gluon": partial(gluon_obstacle, modes, scale, *inputs),
+    }
+
+
+def gluon_obstacle(modes: Modes, scale: float, *inputs: Tensor) -> str | None:
+    """Why the warp-specialised kernels cannot take packed or separate q, k, v, or None."""
+    keep, _, _, max_seqlen, _ = modes
+    D, device, dtype = inputs[0].shape[-1], inputs[0].device, inputs[0].dtype
+    tokens = max(x.shape[1] for x in inputs)
+    if max_seqlen is not None:
+        tokens = max_seqlen
+    elif keep is not None:
+        tokens = keep.shape[1]
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"runs on CUDA, got a tensor on {device}: use backend='auto'"
+    if (why := gpu.obstacle(*inputs)) is not None:
+        return why
+    if (arch := gpu.sm_arch(device)) != 90:
+        return f"is for sm_90 (H100, H200), got sm_{arch}: use backend='triton'"
+    if (release := triton_minor()) not in GLUON_RELEASES:
+        known = " or ".join(".".join(map(str, x)) for x in GLUON_RELEASES)
+        found = ".".join(map(str, release))
+        return f"is compiled with Triton {known}, got {found}: use backend='triton'"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, got {str(dtype).split('.')[1]}: use backend='auto'"
+    if D > GLUON_HEAD_DIM or tokens > GLUON_TOKENS:
+        most = f"takes up to {GLUON_TOKENS} tokens and D up to {GLUON_HEAD_DIM}"
+        return f"{most}, got {tokens} and {D}: use backend='triton'"
+    return triton_obstacle(scale, *inputs)
+
+
 def _implementation(backend: str, scale: float, *inputs: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` run; "auto" takes Triton for halves on CUDA."""
     if backend == "auto":
@@ -60,6 +102,10 @@ def _implementation(backend: str, scale: float, *inputs: Tensor) -> ModuleType:
         backend = "triton" if is_half and triton_obstacle(scale, *inputs) is None else "padded"
     if backend == "padded":
         return padded
+    if backend == "gluon":
+        from maect_fast.kernels.masked_attention import gluon_kernel
+
+        return gluon_kernel
     from maect_fast.kernels.masked_attention import triton_kernel
 
     return triton_kernel

@@ -33,7 +33,7 @@ from maect_fast.kernels.masked_attention.triton_rows import (
     zero_tail_kernel,
 )
 
-__all__ = ["backward", "forward", "machine_code"]
+__all__ = ["backward", "empty_rows", "forward", "launch_modes", "machine_code", "num_keys"]
 
 Modes = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, Tensor | None]
 
@@ -47,7 +47,7 @@ TRITON_39 = (3, 9)
 MANY_KEYS = 257
 
 
-def _num_keys(N: int) -> int:
+def num_keys(N: int) -> int:
     """N in whole blocks of 16, at least one."""
     return max(16, (N + 15) // 16 * 16)
 
@@ -115,7 +115,7 @@ def _resident(
 ) -> LaunchRow:
     """Forward, a row of scores at once."""
     blocks = {"BLOCK_M": 64, "LICM": licm}
-    trips = [(64, sum(key_blocks(_num_keys(N))), 2)]
+    trips = [(64, sum(key_blocks(num_keys(N))), 2)]
     return _row((N, N, D), trips, blocks, archs=archs, warps=4, stages=stages, **limits)
 
 
@@ -329,7 +329,7 @@ def _covers(row: LaunchRow, M: int, N: int, D: int) -> bool:
     if "BLOCK" in blocks:
         return max(M, N) <= blocks["BLOCK"]
     streams = "BLOCK_N" in blocks or "KEYS_N" in blocks
-    return (streams and sizes["N"] == MANY_KEYS) or _num_keys(sizes["N"]) >= N
+    return (streams and sizes["N"] == MANY_KEYS) or num_keys(sizes["N"]) >= N
 
 
 def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
@@ -340,7 +340,7 @@ def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
     return align, [stride // align for stride in flat]
 
 
-def _modes(
+def launch_modes(
     q: Tensor, k: Tensor, modes: Modes, bound_queries: bool
 ) -> tuple[tuple[int, int, int], tuple[Any, ...], tuple[int, int], dict[str, bool]]:
     """Sizes B, M, N; pointers; strides of the mask; switches. What is not there is not read."""
@@ -368,7 +368,7 @@ def _modes(
     return sizes, pointers, (stride_mb, stride_mn), switches
 
 
-def _empty_rows(x: Tensor, shape: tuple[int, ...], modes: Modes) -> Tensor:
+def empty_rows(x: Tensor, shape: tuple[int, ...], modes: Modes) -> Tensor:
     """A result of which the kernels write the sample's rows, zeros in the others."""
     keep, _, cu_seqlens, _, _ = modes
     if keep is not None:
@@ -393,9 +393,9 @@ def forward(
     row: LaunchRow | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse, which is empty unless saved."""
-    (B, M, N), pointers, mask_strides, switches = _modes(q, k, modes, bound_queries)
+    (B, M, N), pointers, mask_strides, switches = launch_modes(q, k, modes, bound_queries)
     *_, H, D = q.shape
-    o = _empty_rows(q, q.shape, modes)
+    o = empty_rows(q, q.shape, modes)
     lse = q.new_empty((B, H, M) if save_lse else (0,), dtype=torch.float32)
     if B * M * H == 0 or N == 0:
         # A dense row is one with keys.
@@ -410,7 +410,7 @@ def forward(
         grid = (B * H * triton.cdiv(M, row.blocks["BLOCK_M"]),)
         launch(fwd_streaming_kernel, grid, *arguments, **options)
     else:
-        launch(fwd_resident_kernel, (B * H,), *arguments, NUM_KEYS=_num_keys(N), **options)
+        launch(fwd_resident_kernel, (B * H,), *arguments, NUM_KEYS=num_keys(N), **options)
     return o, lse
 
 
@@ -429,14 +429,14 @@ def backward(
     row: LaunchRow | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradient of packed q, k, v, [.., 3, H, D]; or those of the three. Contiguous."""
-    (B, M, N), pointers, mask_strides, switches = _modes(q, k, modes, bound_queries)
+    (B, M, N), pointers, mask_strides, switches = launch_modes(q, k, modes, bound_queries)
     *_, H, D = q.shape
     gradients: tuple[Tensor, ...]
     if is_packed:
-        gradients = (_empty_rows(q, (*q.shape[:-2], 3, H, D), modes),)
+        gradients = (empty_rows(q, (*q.shape[:-2], 3, H, D), modes),)
         dq, dk, dv = gradients[0].unbind(-3)
     else:
-        dq, dk, dv = gradients = tuple(_empty_rows(x, x.shape, modes) for x in (q, k, v))
+        dq, dk, dv = gradients = tuple(empty_rows(x, x.shape, modes) for x in (q, k, v))
     if B * M * H == 0 or N == 0:
         # No program runs that would write what the other side has.
         return tuple(x.zero_() for x in gradients)

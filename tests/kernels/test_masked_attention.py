@@ -858,7 +858,7 @@ def test_some_modes_need_as_many_queries_as_keys(mode: str) -> None:
 
 def test_backends_that_cannot_run() -> None:
     qkv = make_qkv("dense", 2, 4)
-    expected = "'cpp' is not built here; use one of 'auto', 'triton', 'reference'"
+    expected = "'cpp' is not built here; use one of 'auto', 'triton', 'gluon', 'reference'"
     with pytest.raises(RuntimeError, match=expected):
         masked_attention(qkv, backend="cpp")
     with pytest.raises(RuntimeError, match=expected):
