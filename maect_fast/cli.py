@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from maect_fast import __version__
@@ -29,6 +30,8 @@ The same command on an existing run directory continues the run; --change KEY=VA
 with another setting, --restart starts it anew.
 """
 
+# As shells have it, and schedulers that tell a stopped job from a finished one.
+SIGNALLED = 128
 REPORT = "these lines, the command and what `maect-fast doctor` prints"
 
 
@@ -223,7 +226,8 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     from maect_fast.demo import run_demo
 
-    return 0 if run_demo(options.out, seeds=options.seeds, control=options.control) else 1
+    stopped_by = run_demo(options.out, seeds=options.seeds, control=options.control)
+    return _stopped(stopped_by, options.out)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -266,7 +270,7 @@ def _train(options: argparse.Namespace) -> int:
     decoder = options.decoder if stage == "tune" else None
     if decoder is not None and config.reconstruction_weight == 0:
         raise ConfigError("--decoder: expected with reconstruction_weight above 0, which uses it")
-    finished = run_stage(
+    stopped_by = run_stage(
         config,
         out,
         init=options.init,
@@ -274,10 +278,21 @@ def _train(options: argparse.Namespace) -> int:
         capture=not options.no_capture,
         restart=options.restart,
         change=[word.partition("=")[0] for word in options.change],
+        recipe=options.recipe,
     )
-    if not finished:
-        print(f"stopped and saved; the same command continues {out}", file=sys.stderr)
-    return 0
+    return _stopped(stopped_by, out)
+
+
+def _stopped(by: int, out: Path) -> int:
+    """The exit code of a run: 0 where it is finished, else that of the signal which stopped it."""
+    if not by:
+        return 0
+    name, code = Signals(by).name, SIGNALLED + by
+    print(
+        f"stopped by {name} and saved; the same command continues {out} (exit code {code})",
+        file=sys.stderr,
+    )
+    return code
 
 
 def _plan(options: argparse.Namespace) -> int:

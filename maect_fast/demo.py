@@ -28,7 +28,7 @@ RECIPE = "digits"
 COLUMNS = ("knn", "linear_probe", "low_shot_5", "kmeans_acc", "kmeans_nmi", "kmeans_ari")
 
 
-def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
+def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> int:
     """Run all three stages for every seed, print one table, write `out`/report.
 
     A demo that was stopped continues where it was.
@@ -39,15 +39,15 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
         control: also prepare and tune a random encoder, without pre-training.
 
     Returns:
-        False when a signal stopped it.
+        0, or the number of the signal that stopped it.
     """
     began = time.monotonic()
     tables: dict[str, dict[str, dict[str, float]]] = {}
     figures: dict[str, Figure] = {}
     for seed in seeds:
         folder = out / f"seed-{seed}"
-        if not _train(folder, seed, control=control):
-            return False
+        if stopped_by := _train(folder, seed, control=control):
+            return stopped_by
         subjects = _subjects(folder, seed, control=control)
         measured = {name: _measure(name, subject, seed) for name, subject in subjects.items()}
         tables[f"Seed {seed}"] = {
@@ -72,11 +72,11 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
     for heading, rows in tables.items():
         print(f"\n{heading}\n\n{format_table(rows)}")  # noqa: T201 (the demo's result)
     print(f"\n{minutes:.1f} minutes; report: {path}")  # noqa: T201
-    return True
+    return 0
 
 
-def _train(folder: Path, seed: int, *, control: bool) -> bool:
-    """The three stages, and the control's two; False when a signal stopped one."""
+def _train(folder: Path, seed: int, *, control: bool) -> int:
+    """The three stages, and the control's two; the number of a signal that stopped one."""
     steps: list[tuple[Stage, str, str | None]] = [
         ("pretrain", "mae", None),
         ("prepare-head", "head", "mae"),
@@ -86,10 +86,10 @@ def _train(folder: Path, seed: int, *, control: bool) -> bool:
         steps += [("prepare-head", "control-head", None), ("tune", "control", "control-head")]
     for stage, name, init in steps:
         start = None if init is None else folder / init
-        if not run_stage(_config(stage, seed), folder / name, init=start):
-            print(f"stopped and saved; the same command continues {folder}", file=sys.stderr)  # noqa: T201
-            return False
-    return True
+        config = _config(stage, seed)
+        if stopped_by := run_stage(config, folder / name, init=start, recipe=RECIPE):
+            return stopped_by
+    return 0
 
 
 def _config(stage: Stage, seed: int) -> Config:

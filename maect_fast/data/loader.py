@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -426,15 +426,15 @@ class EvalBatches:
         batch_size: int,
         workers: int,
         max_broken: int,
+        indices: Sequence[int] | None,
     ) -> None:
         self.source = source
         self.augment = augment
-        self.batch_size = batch_size
         self._broken = _BrokenImages(source, max_broken)
+        wanted = torch.arange(len(source)) if indices is None else torch.tensor(indices)
+        self._parts = torch.split(wanted, batch_size)
         schedule = _Schedule()
-        schedule.items = [
-            (0, part.tolist()) for part in torch.split(torch.arange(len(source)), batch_size)
-        ]
+        schedule.items = [(0, part.tolist()) for part in self._parts]
         self._decoded = _data_loader(
             _EvaluationBatches(source, augment, img_size),
             schedule,
@@ -444,12 +444,12 @@ class EvalBatches:
         )
 
     @property
-    def skipped(self) -> list[int]:
-        """Indices of the unreadable images left out; complete after a full pass."""
-        return sorted(self._broken.found)
+    def skipped(self) -> dict[int, str]:
+        """Why images were left out, by index, in order; complete after a full pass."""
+        return {index: broken.reason for index, broken in sorted(self._broken.found.items())}
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
+        return len(self._parts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self.source, TensorSource):
@@ -464,13 +464,9 @@ class EvalBatches:
             self._broken.tell()
 
     def _in_memory(self, source: TensorSource) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = zip(
-            torch.split(source.images, self.batch_size),
-            torch.split(source.labels, self.batch_size),
-            strict=True,
-        )
-        for images, labels in parts:
-            yield to_normalized(images.float() / 255, self.augment), labels
+        for part in self._parts:
+            images = source.images[part.to(source.images.device)]
+            yield to_normalized(images.float() / 255, self.augment), source.labels[part]
 
 
 def eval_batches(
@@ -481,13 +477,15 @@ def eval_batches(
     batch_size: int,
     workers: int = 0,
     max_broken: int = 10,
+    indices: Sequence[int] | None = None,
 ) -> EvalBatches:
     """All images in the order of the source, as they are; the last batch may be smaller.
 
     Files are resized to a short side of img_size * 256 / 224 (bicubic) and the middle is cut out;
     images in memory are taken as they are. Both are normalised with the mean and std of `augment`.
     An image that cannot be read is left out, and the log has a line for each kind of them at the
-    end; `EvalBatches.skipped` has their indices.
+    end; `EvalBatches.skipped` has their indices and reasons. With `indices` these images alone, in
+    this order.
 
     Raises:
         DataError: while iterating, when more than `max_broken` images cannot be read.
@@ -499,6 +497,7 @@ def eval_batches(
         batch_size=batch_size,
         workers=workers,
         max_broken=max_broken,
+        indices=indices,
     )
 
 
