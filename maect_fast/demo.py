@@ -15,9 +15,21 @@ import torch
 from matplotlib.figure import Figure
 
 from maect_fast.config import Config, Stage, load_config, load_recipe
-from maect_fast.evaluation.compare import Measured, Subject, draw, measure
+from maect_fast.evaluation.compare import (
+    Measured,
+    Subject,
+    about_report,
+    describe_run,
+    draw,
+    measure,
+)
 from maect_fast.evaluation.report import format_table, write_report
-from maect_fast.evaluation.runs import load_run, run_encoder, run_pretrain_model
+from maect_fast.evaluation.runs import (
+    load_run,
+    run_encoder,
+    run_pretrain_model,
+    weights_line,
+)
 from maect_fast.models.encoder import Encoder
 from maect_fast.training.engine import run_stage
 from maect_fast.training.log import read_metrics
@@ -42,6 +54,8 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> int:
         0, or the number of the signal that stopped it.
     """
     began = time.monotonic()
+    given = f"--out {out} --seeds {' '.join(map(str, seeds))}{' --control' if control else ''}"
+    about = about_report(f"maect-fast demo {given}", seed=seeds[0])
     tables: dict[str, dict[str, dict[str, float]]] = {}
     figures: dict[str, Figure] = {}
     for seed in seeds:
@@ -58,6 +72,10 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> int:
             metrics = {name: read_metrics(folder / name) for name in ("mae", "head", "mae-ct")}
             pretrained = run_pretrain_model(*load_run(folder / "mae"))
             figures = draw(metrics, trained, measured, pretrained=pretrained, seed=seed)
+            for name, run in (("MAE", folder / "mae"), ("MAE-CT", folder / "mae-ct")):
+                config, state = load_run(run)
+                weights = weights_line(config, state)
+                about[name] = describe_run(run, config, state, weights, measured[name])
     if len(seeds) > 1:
         tables = {f"Mean of {len(seeds)} seeds": _mean(tables), **tables}
     minutes = (time.monotonic() - began) / 60
@@ -67,7 +85,12 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> int:
         f"{torch.get_num_threads()} CPU thread(s), {minutes:.1f} minutes.",
     ]
     path = write_report(
-        out / "report", title="MAE-CT on digits", tables=tables, figures=figures, notes=notes
+        out / "report",
+        title="MAE-CT on digits",
+        tables=tables,
+        figures=figures,
+        notes=notes,
+        about=about,
     )
     for heading, rows in tables.items():
         print(f"\n{heading}\n\n{format_table(rows)}")  # noqa: T201 (the demo's result)
@@ -115,7 +138,7 @@ def _subjects(folder: Path, seed: int, *, control: bool) -> dict[str, Subject]:
 
 def _measure(name: str, subject: Subject, seed: int) -> Measured:
     print(f"evaluating {name}", file=sys.stderr)  # noqa: T201 (progress)
-    return measure(subject, seed=seed)
+    return measure(subject, seed=seed, title=name)
 
 
 def _mean(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

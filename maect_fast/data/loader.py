@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from maect_fast.config import AugmentConfig, ConfigError
+from maect_fast.data import sources
 from maect_fast.data.augment import (
     NOISE,
     bytes_to_normalized,
@@ -46,7 +48,7 @@ from maect_fast.errors import UserError
 from maect_fast.kernels._common.philox import MASK32, philox4x32
 from maect_fast.names import listed, one_line, printable
 
-__all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches"]
+__all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches", "told_once"]
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +235,33 @@ def _broken(error: Exception) -> Broken:
 def _to_float(pixels: NDArray[np.uint8]) -> Tensor:
     """Bytes [..., S, S, C] to fp32 [..., C, S, S] in [0, 1]."""
     return torch.from_numpy(pixels).movedim(-1, -3).contiguous().float().div_(255)
+
+
+class _Once(logging.Filter):
+    """Lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self.seen
+        self.seen.add(message)
+        return is_new
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Meanwhile the same is said once of images, however often they are read."""
+    once, loggers = _Once(), (logger, logging.getLogger(sources.__name__))
+    for each in loggers:
+        each.addFilter(once)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(once)
 
 
 class _BrokenImages:

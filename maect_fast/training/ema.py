@@ -36,12 +36,12 @@ def ema_decay(decay: float, *, update: int, total: int) -> float:
     """
     if total >= LONG / (1 - decay):
         return decay
-    return min(decay, 1 - update**-POWER)
+    return min(decay, 1 - math.pow(update, -POWER))
 
 
 def half_lives(decay: float, updates: int) -> float:
     """How many times the weight of a parameter in the average halves in so many updates."""
-    return updates * -math.log2(decay) if decay > 0 else math.inf
+    return -updates * math.log2(decay) if decay > 0 else math.inf
 
 
 class EncoderEma:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shutil
 import sys
 import time
@@ -92,6 +93,7 @@ def run_stage(
         CheckpointError: a checkpoint that is damaged or does not fit.
         TrainingError: the loss is not finite.
     """
+    config = _with_whole_paths(config)
     if not is_utf8(out):
         raise ConfigError(f"--out: expected a path in UTF-8, got {printable(out)}")
     world = init_world(config.device)
@@ -109,6 +111,16 @@ def run_stage(
             capture=capture,
             recipe=recipe,
         )
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """The configuration by which the run finds its images from any folder."""
+    data = config.data
+    root, test_root = (
+        None if path is None else os.path.abspath(path) for path in (data.root, data.test_root)
+    )
+    data = dataclasses.replace(data, root=root, test_root=test_root)
+    return dataclasses.replace(config, data=data)
 
 
 def _run(

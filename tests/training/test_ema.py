@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 
 from maect_fast.config import EncoderConfig, Stage, load_config, load_recipe
 from maect_fast.models.encoder import Encoder
