@@ -320,10 +320,11 @@ def _stopped(by: int, out: Path) -> int:
     if not by:
         return 0
     name, code = Signals(by).name, SIGNALLED + by
-    print(
-        f"stopped by {name} and saved; the same command continues {out} (exit code {code})",
-        file=sys.stderr,
-    )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"stopped by {name} and saved; the same command continues {out} (exit code {code})",
+            file=sys.stderr,
+        )
     return code
 
 

@@ -60,7 +60,10 @@ def no_labels(train: Tensor, test: Tensor) -> str | None:
         why = "all training images are of one class"
     else:
         return None
-    return f"no labels: {why}, so there is no k-NN, linear probe or low-shot accuracy"
+    return (
+        f"no labels: {why}, so there is no k-NN, linear probe or low-shot accuracy; what is "
+        "measured instead needs none"
+    )
 
 
 def evaluate_features(

@@ -145,13 +145,17 @@ def plot_tsne(
         ax.set_xlabel("t-SNE 1")
         ax.set_ylabel("t-SNE 2")
     if 1 < len(groups) <= MAX_CLASSES:
-        style = {"ncols": 8, "frameon": False, "handletextpad": 0.1, "columnspacing": 1.2}
+        names = [_name(number, group_names) for number in groups]
+        # In inches, of the default font.
+        entry = 0.3 + 0.09 * max(map(len, names))
+        columns = min(10, max(1, int(figure.get_figwidth() / entry)))
+        style = {"ncols": columns, "frameon": False, "handletextpad": 0.1, "columnspacing": 1.2}
         legend = figure.legend(
             groups.values(), map(str, groups), loc="outside lower center", **style
         )
         # Set afterwards: a label that begins with an underscore would be left out.
-        for text, number in zip(legend.get_texts(), groups, strict=True):
-            text.set_text(_name(number, group_names))
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            text.set_text(name)
     return figure
 
 
@@ -181,7 +185,7 @@ def plot_confusion(features: Features, *, class_names: Sequence[str] = (), seed:
     size = len(counts)
     side = min(8.0, 1.8 + 0.42 * size)
     # The title needs some width, whatever the number of classes, and names some height.
-    figure = _figure(max(side + 0.8, 5.5), side + 1.2)
+    figure = _figure(max(side + 0.8, 5.5), side + 0.7)
     ax = figure.subplots()
     picture = ax.imshow(share, cmap="cividis", vmin=0, vmax=1)
     figure.colorbar(picture, ax=ax, label="share of the class", shrink=0.8)
@@ -235,7 +239,7 @@ def plot_reconstructions(
     given = "; they are given each patch's true mean and deviation" if is_normalised else ""
     figure.suptitle(
         f"{mask_ratio:.0%} of the patches are removed, and what the decoder makes of them\n"
-        f"(pixel values 0 to 1{given})",
+        f"(pixel values 0 to 1, removed patches in one colour{given})",
         fontsize=10,
     )
     axes = figure.subplots(len(rows), len(original), squeeze=False)
@@ -272,8 +276,8 @@ def plot_attention(
     h, w = maps.shape[2:]
     figure.suptitle(
         f"Attention of {POOLED[pooling]}, last block\n"
-        f"(share of the weight per patch; black is 0, white each map's maximum, stated below it; "
-        f"even is {1 / (h * w):.1%})",
+        f"(share of the weight per patch; black is 0, the palest each map's maximum, stated below "
+        f"it; even is {1 / (h * w):.1%})",
         fontsize=9,
     )
     axes = figure.subplots(len(images), len(headings), squeeze=False)

@@ -92,6 +92,9 @@ def load_state(run: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{printable(path)}: update {state['update']} of {state['total']} cannot be"
         )
+    decay = state.get("encoder_ema_decay")
+    if decay is not None and not (type(decay) is float and 0 <= decay < 1):
+        raise CheckpointError(f"{printable(path)}: encoder_ema_decay {shortened(decay)} cannot be")
     for key in ("model", "encoder_ema"):
         for name, value in (state[key] or {}).items():
             if type(name) is not str or not isinstance(value, Tensor):
