@@ -243,11 +243,13 @@ def describe_run(
     run: Path, config: Config, state: dict[str, Any], weights: str, measured: Measured
 ) -> str:
     """A sentence on a run: what it is, and on which images it was measured."""
-    recipe = state.get("record", {}).get("recipe") or "not recorded"
+    record = state.get("record")
+    recipe = (record.get("recipe") if isinstance(record, dict) else None) or "not recorded"
     data = config.data
     where: str = data.source
     if data.source == "folder":
-        where = f"{data.root} and {data.test_root}"
+        folders = (os.path.abspath(str(root)) for root in (data.root, data.test_root))
+        where = " and ".join(dict.fromkeys(folders))
     counts = [f"{len(part.features):,}" for part in (measured.train, measured.test)]
     return (
         f"{os.path.abspath(run)}: stage {config.stage}, recipe {recipe}, seed {config.seed}, "
