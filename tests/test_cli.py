@@ -56,9 +56,9 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_run_may_be_told_not_to_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
 
-    def noted(*_: object, capture: bool, **__: object) -> bool:
+    def noted(*_: object, capture: bool, **__: object) -> int:
         found.append(capture)
-        return True
+        return 0
 
     monkeypatch.setattr("maect_fast.training.engine.run_stage", noted)
     command = ["pretrain", "--recipe", "digits", "--out", str(tmp_path)]

@@ -1,10 +1,12 @@
 """Which weights, which images and which views an evaluation takes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from maect_fast.checkpoint import CheckpointError, save_checkpoint
 from maect_fast.config import AugmentConfig, Config, load_config, load_recipe
 from maect_fast.data import build_source
 from maect_fast.evaluation.compare import spread
@@ -12,6 +14,7 @@ from maect_fast.evaluation.features import extract_features
 from maect_fast.evaluation.runs import view_features, weights_line
 from maect_fast.models.encoder import Encoder
 from maect_fast.training import log
+from maect_fast.training.stages import last_checkpoint, load_state
 
 
 @pytest.fixture
@@ -48,6 +51,15 @@ def test_an_average_that_has_hardly_moved_is_told(config: Config) -> None:
     line = weights_line(config, state_of(config, update=660, decay=None))
     assert "660 of 25,020 updates: 0.1 half-lives, so that 94% of it are what the run" in line
     assert line.endswith("--weights model takes the encoder as trained")
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.5, float("nan"), "0.9"])
+def test_a_decay_that_cannot_be(tmp_path: Path, decay: object) -> None:
+    state = {"stage": "tune", "config": {}, "update": 1, "total": 2, "model": {}, "optimizer": {}}
+    state |= {"encoder_ema": None, "random_states": [], "encoder_ema_decay": decay}
+    save_checkpoint(last_checkpoint(tmp_path), state)
+    with pytest.raises(CheckpointError, match="encoder_ema_decay .* cannot be"):
+        load_state(tmp_path)
 
 
 def test_pictures_are_spread_over_groups() -> None:
