@@ -58,7 +58,7 @@ def test_a_decay_that_cannot_be(tmp_path: Path, decay: object) -> None:
     state = {"stage": "tune", "config": {}, "update": 1, "total": 2, "model": {}, "optimizer": {}}
     state |= {"encoder_ema": None, "random_states": [], "encoder_ema_decay": decay}
     save_checkpoint(last_checkpoint(tmp_path), state)
-    with pytest.raises(CheckpointError, match="encoder_ema_decay .* cannot be"):
+    with pytest.raises(CheckpointError, match=r"encoder_ema_decay .* cannot be"):
         load_state(tmp_path)
 
 
