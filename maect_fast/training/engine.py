@@ -46,6 +46,7 @@ from maect_fast.training.stages import (
     build_stage,
     last_checkpoint,
     load_state,
+    reading,
     start_weights,
 )
 from maect_fast.training.update import TrainingError, Update
@@ -140,7 +141,8 @@ def _run(
         torch.set_num_threads(config.threads)
     last = last_checkpoint(out)
     resumed = load_state(out) if last.exists() else None
-    record = RunRecord(**resumed.get("record", {})) if resumed else RunRecord()
+    with reading("record", out):
+        record = RunRecord.read(resumed.get("record", {})) if resumed else RunRecord()
     if resumed is not None:
         if "record" in resumed:  # runs of before do not know
             on_first_rank(world, lambda: record.check_origin(out, init=init, decoder=decoder))
@@ -171,8 +173,10 @@ def _run(
         state.load_state_dict(resumed, out)
         # With another number of ranks the generators start anew: nothing of ours draws from them.
         if len(resumed["random_states"]) == world.size:
-            set_random_states(resumed["random_states"][world.rank])
-        meter.load_state_dict(resumed.get("meters", []))
+            with reading("random_states", out):
+                set_random_states(resumed["random_states"][world.rank])
+        with reading("meters", out):
+            meter.load_state_dict(resumed.get("meters", []))
         lines = [f"continuing {out} at update {state.update} of {total}"]
         if on_first_rank(
             world, lambda: record.check_images(images, out, named=change, update=state.update)

@@ -214,6 +214,8 @@ class RankWatch:
         for key in self._keys:
             # So that reading does not wait for who is not here yet.
             self._store.compare_set(key, "", "null")
+        # At once: who is here and dies is not one that never came.
+        self._tell()
         self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
         self._thread.start()
 
@@ -321,15 +323,16 @@ class RankWatch:
                 if one.sign is None or sign.messages != one.sign.messages:
                     one.moved = now
                 one.sign, one.lived = sign, now
-            if now > self._ends_at:
-                os._exit(128 + signal.SIGTERM)
             line = verdict(seen, own=self.place.rank, now=now, patience=self.patience)
             if line is not None and not self._closing.is_set():
                 self._end(line)
+            # Only then: on a busy machine this thread may have slept through both.
+            if now > self._ends_at:
+                os._exit(128 + signal.SIGTERM)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         """End, but not before it is known whether a rank is lost."""
-        self._ends_at = time.monotonic() + self.patience + GRACE_SECONDS
+        self._ends_at = time.monotonic() + self.patience + 2 * GRACE_SECONDS
 
     def _interval(self) -> float:
         return min(1.0, self.patience / 5)

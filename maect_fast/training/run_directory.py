@@ -266,6 +266,25 @@ class RunRecord:
         """The record of a new run."""
         return cls(_identity(init), _identity(decoder), images, recipe)
 
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> "RunRecord":
+        """The record of a checkpoint.
+
+        Raises:
+            ValueError: a part of it is missing.
+        """
+        record = cls(**fields)
+        origin, change = {"path", "fingerprint"}, {"update", "setting", "before", "after"}
+        for part, keys in (
+            (record.init, origin),
+            (record.decoder, origin),
+            (record.images, {"number", "digest"}),
+            *((each, change) for each in record.changes),
+        ):
+            if part is not None and set(part) != keys:
+                raise ValueError(f"expected {', '.join(sorted(keys))}")
+        return record
+
     def check_origin(self, out: Path, *, init: Path | None, decoder: Path | None) -> None:
         """Refuse to continue with another start than the run's own; None asks for none.
 

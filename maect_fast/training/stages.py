@@ -7,6 +7,8 @@
 Source: arXiv 2304.10520 section 3; ml-jku/MAE-CT: yamls/stage1_mae, stage2_*, stage3_*.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -39,6 +41,7 @@ __all__ = [
     "load_state",
     "matrix_dtype",
     "part",
+    "reading",
     "start_weights",
 ]
 
@@ -102,6 +105,20 @@ def load_state(run: Path) -> dict[str, Any]:
     return state
 
 
+@contextmanager
+def reading(part: str, run: Path) -> Iterator[None]:
+    """Around the use of a part of a checkpoint: what does not fit there is told in one line.
+
+    Raises:
+        CheckpointError: names the part and `run`.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{printable(run)}: {part} does not fit ({reason})") from error
+
+
 @dataclass(slots=True)
 class StageState:
     """Everything that changes during a run, and so everything that a checkpoint holds."""
@@ -155,12 +172,8 @@ class StageState:
         load_module(self.model, state["model"], "model", run)
         # Rates, decays and averaging are the configuration's, which may have changed.
         own = [{**group} for group in self.optimizer.param_groups]
-        try:
+        with reading("optimizer", run):
             self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{printable(run)}: optimizer does not fit ({one_line(error)})"
-            ) from error
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)
         for parameter, values in self.optimizer.state.items():

@@ -381,7 +381,7 @@ def test_memory_does_not_grow_with_n_or_q(device: torch.device) -> None:
 
 
 def test_autocast_does_not_reach_the_scores(device: torch.device) -> None:
-    query, queue = unit_rows(30, 64, device=device), unit_rows(90, 64, device=device, seed=1)
+    query, queue = unit_rows(3, 64, device=device), unit_rows(90, 64, device=device, seed=1)
     for backend in BACKENDS:
         expected = queue_topk(query, queue, k=5, backend=backend)  # type: ignore[arg-type]
         with torch.autocast(device.type, torch.bfloat16):
@@ -1006,7 +1006,7 @@ def test_triton_reads_any_layout(dtype: torch.dtype, device: torch.device) -> No
         queue_topk(query, queue.T.contiguous().T, k=6, backend="triton")
 
 
-@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.int8)], ids=str)
 def test_triton_agrees_on_ids_picks_and_odd_rows(dtype: torch.dtype, device: torch.device) -> None:
     state = random_queue(400, 32, num_ids=6, num_classes=3, device=device)
     query = unit_rows(2, 6, 32, seed=1).to(device)
@@ -1066,16 +1066,15 @@ def test_a_foreign_shadow_changes_no_result(dtype: torch.dtype, device: torch.de
     assert_exact(by_triton(query, queue, 9, shadow=foreign), query, queue, 9)
 
 
-@pytest.mark.parametrize("view", [0, 2])
-def test_triton_draws_the_same_ranks(view: int, device: torch.device) -> None:
+def test_triton_draws_the_same_ranks(device: torch.device) -> None:
     state = random_queue(60, 8, num_ids=60, num_classes=3, device=device)
     query = unit_rows(2, 5, 8, seed=1).to(device)
     rows = torch.randint(2**40, (5,), device=device)
     for pick in (
-        Pick(2**64 - 1, 0, view),
-        Pick(2**40 + 5, torch.tensor(2**33 + 1, device=device), view, row=511),
-        Pick(torch.tensor(2**63 - 1, device=device), 2**62, torch.tensor(view), row=rows),
-        Pick(3, 7, view, row=torch.tensor(9, device=device)),
+        Pick(2**64 - 1, 0, 0),
+        Pick(2**40 + 5, torch.tensor(2**33 + 1, device=device), 2, row=511),
+        Pick(torch.tensor(2**63 - 1, device=device), 2**62, torch.tensor(2), row=rows),
+        Pick(3, 7, 0, row=torch.tensor(9, device=device)),
     ):
         found = queue_topk(query, state, k=20, pick=pick, backend="triton")
         rank = reference.draw_ranks(pick, query.shape[:-1], 20, device)

@@ -236,6 +236,35 @@ def test_a_damaged_last_checkpoint_is_told(
         assert f"cp {kept} {last}" in line
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("record", {"odd": 1}),
+        ("record", [1]),
+        ("record", {"init": {"path": "a"}}),
+        ("record", {"images": "all"}),
+        ("record", {"changes": [{"update": 2}]}),
+        ("meters", [{}]),
+        ("meters", [{"sums": {"loss": 1.0}, "count": 1}]),
+        ("random_states", [{"torch": 1}]),
+        ("optimizer", {"state": {}}),
+    ],
+)
+def test_a_part_that_does_not_fit_is_named(
+    part: str,
+    value: object,
+    pretrain: Callable[..., int],
+    tmp_path: Path,
+    told: Callable[[], str],
+) -> None:
+    out = tmp_path / "run"
+    assert pretrain(out) == 0
+    state = load_checkpoint(last_checkpoint(out))
+    save_checkpoint(last_checkpoint(out), state | {part: value})
+    assert pretrain(out) == 2
+    assert f"{out}: {part} does not fit (" in told()
+
+
 def test_damaged_side_files_stop_nothing(
     pretrain: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
