@@ -122,7 +122,8 @@ def plot_tsne(
         raise ValueError(f"panels: expected at least 4 images, got {len(first)}")
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
     rows = order[:max_points]
-    figure = _figure(4.6 * len(panels), 5.1)
+    # The title needs some width, whatever the number of panels.
+    figure = _figure(max(4.6 * len(panels), 6.0), 5.1)
     of_all = "" if len(rows) == len(first) else f" of {len(first):,}, drawn at random"
     figure.suptitle(
         f"t-SNE of {len(rows):,} images{of_all}, by cosine, coloured by {mathless(coloured_by)}\n"
