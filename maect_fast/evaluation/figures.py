@@ -123,10 +123,10 @@ def plot_tsne(
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
     rows = order[:max_points]
     # The title needs some width, whatever the number of panels.
-    figure = _figure(max(4.6 * len(panels), 6.0), 5.1)
+    figure = _figure(max(4.6 * len(panels), 6.0), 5.3)
     of_all = "" if len(rows) == len(first) else f" of {len(first):,}, drawn at random"
     figure.suptitle(
-        f"t-SNE of {len(rows):,} images{of_all}, by cosine, coloured by {mathless(coloured_by)}\n"
+        f"t-SNE of {len(rows):,} images{of_all}, by cosine\ncoloured by {mathless(coloured_by)}\n"
         "(near points are similar; axes and distances between groups have no unit)",
         fontsize=10,
     )
