@@ -3,10 +3,12 @@
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from maect_fast import __version__
@@ -29,6 +31,8 @@ The same command on an existing run directory continues the run; --change KEY=VA
 with another setting, --restart starts it anew.
 """
 
+# As shells have it, and schedulers that tell a stopped job from a finished one.
+SIGNALLED = 128
 REPORT = "these lines, the command and what `maect-fast doctor` prints"
 
 
@@ -82,6 +86,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
     parser = _parser()
     options, words = parser.parse_known_args(given)
     options.overrides = words
+    options.typed = shlex.join(["maect-fast", *given])
     unknown = [word for word in words if word.startswith("-") or "=" not in word]
     if unknown or (words and options.command in ("demo", "doctor")):
         parser.error(f"{options.command} does not know: {' '.join(unknown or words)}")
@@ -92,6 +97,14 @@ def seed(text: str) -> int:
     """What NumPy and scikit-learn take; its name is what argparse calls it."""
     value = int(text)
     if not 0 <= value < 2**32:
+        raise ValueError
+    return value
+
+
+def cluster_count(text: str) -> int:
+    """What k-means can look for; its name is what argparse calls it."""
+    value = int(text)
+    if not 2 <= value <= 1_000_000:
         raise ValueError
     return value
 
@@ -194,15 +207,37 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="M",
         default=(),
-        help="some of: knn, linear_probe, low_shot, clustering; default: all",
+        help="some of: knn, linear_probe, low_shot, clustering, views; default: all that the "
+        "labels allow",
+    )
+    evaluate.add_argument(
+        "--clusters",
+        type=cluster_count,
+        default=10,
+        metavar="K",
+        help="clusters of images without labels; default: 10",
     )
     evaluate.set_defaults(run=_evaluate)
 
-    extract = commands.add_parser("extract", help="write a run's features to a safetensors file")
+    extract = commands.add_parser("extract", help="write a run's features to a file")
     extract.add_argument("run_directory", type=Path, metavar="RUN")
-    extract.add_argument("--out", type=Path, required=True, metavar="FILE")
+    extract.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="FILE.parquet or .csv: a row per image with path, id, label and feature; .npy or "
+        ".safetensors: the features, and FILE.files.csv with the rest",
+    )
     extract.add_argument("--split", choices=("train", "test"), default="train")
     extract.set_defaults(run=_extract)
+    for command in (evaluate, extract):
+        command.add_argument(
+            "--weights",
+            choices=("ema", "model"),
+            default="ema",
+            help="the encoder's EMA where the run kept one (default), or the encoder as trained",
+        )
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which backends work")
     doctor.add_argument(
@@ -223,7 +258,8 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     from maect_fast.demo import run_demo
 
-    return 0 if run_demo(options.out, seeds=options.seeds, control=options.control) else 1
+    stopped_by = run_demo(options.out, seeds=options.seeds, control=options.control)
+    return _stopped(stopped_by, options.out)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -266,7 +302,7 @@ def _train(options: argparse.Namespace) -> int:
     decoder = options.decoder if stage == "tune" else None
     if decoder is not None and config.reconstruction_weight == 0:
         raise ConfigError("--decoder: expected with reconstruction_weight above 0, which uses it")
-    finished = run_stage(
+    stopped_by = run_stage(
         config,
         out,
         init=options.init,
@@ -274,10 +310,22 @@ def _train(options: argparse.Namespace) -> int:
         capture=not options.no_capture,
         restart=options.restart,
         change=[word.partition("=")[0] for word in options.change],
+        recipe=options.recipe,
     )
-    if not finished:
-        print(f"stopped and saved; the same command continues {out}", file=sys.stderr)
-    return 0
+    return _stopped(stopped_by, out)
+
+
+def _stopped(by: int, out: Path) -> int:
+    """The exit code of a run: 0 where it is finished, else that of the signal which stopped it."""
+    if not by:
+        return 0
+    name, code = Signals(by).name, SIGNALLED + by
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"stopped by {name} and saved; the same command continues {out} (exit code {code})",
+            file=sys.stderr,
+        )
+    return code
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -307,21 +355,44 @@ def _evaluate(options: argparse.Namespace) -> int:
     if not runs:
         raise ConfigError("RUN: expected at least one run directory")
     out = options.out or runs[-1] / "report"
-    print(compare_runs(runs, out, methods=methods, seed=options.seed, overrides=overrides))
+    told = compare_runs(
+        runs,
+        out,
+        methods=methods,
+        seed=options.seed,
+        overrides=overrides,
+        weights=options.weights,
+        num_clusters=options.clusters,
+        command=options.typed,
+    )
+    print(told)
     return 0
 
 
 def _extract(options: argparse.Namespace) -> int:
-    from maect_fast.evaluation.features import save_features
-    from maect_fast.evaluation.runs import check_run, load_run, run_encoder, split_features
+    from maect_fast.evaluation.feature_file import check_suffix, write_features
+    from maect_fast.evaluation.runs import (
+        check_run,
+        load_run,
+        run_encoder,
+        split_features,
+        weights_line,
+    )
     from maect_fast.training.run_directory import check_writable
 
-    check_run(options.run_directory, options.overrides, options.split)
+    run, weights = options.run_directory, options.weights
+    check_run(run, options.overrides, options.split)
     check_writable(options.out, folder=False)
-    config, state = load_run(options.run_directory, options.overrides)
-    features = split_features(config, options.split, run_encoder(config, state))
-    save_features(features, options.out)
-    print(f"{options.out}: {len(features)} x {features.x.shape[1]} ({config.head.pooling})")
+    check_suffix(options.out)
+    config, state = load_run(run, options.overrides, weights=weights)
+    encoder = run_encoder(config, state, weights)
+    extracted = split_features(config, options.split, encoder, title=run.name)
+    written = write_features(extracted, options.out)
+    print(f"{run}: {weights_line(config, state, weights)}")
+    number, width = extracted.features.x.shape
+    left_out = f", {len(extracted.missing)} images missing" if extracted.missing else ""
+    names = ", ".join(map(str, written))
+    print(f"{names}: {number} x {width} ({config.head.pooling}){left_out}")
     return 0
 
 

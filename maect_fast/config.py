@@ -248,7 +248,8 @@ class Config:
     reconstruction_weight: Annotated[float, Interval("[0, 1000000]")] = 0.0
     """Stage `tune`: weight of an added MAE loss; it needs the decoder of a pretrain run."""
     encoder_ema: BelowOne | None = None
-    """Decay of the encoder's EMA, which evaluation uses when it exists."""
+    """Decay of the encoder's EMA, which evaluation uses when it exists; it warms up in runs of less
+    than 2.5 / (1 - decay) updates."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast dtype; auto is bf16 on a GPU and fp32 on a CPU. Master weights are fp32."""
     frozen_precision: Literal["same", "int8"] = "same"

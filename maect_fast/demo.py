@@ -15,9 +15,21 @@ import torch
 from matplotlib.figure import Figure
 
 from maect_fast.config import Config, Stage, load_config, load_recipe
-from maect_fast.evaluation.compare import Measured, Subject, draw, measure
+from maect_fast.evaluation.compare import (
+    Measured,
+    Subject,
+    about_report,
+    describe_run,
+    draw,
+    measure,
+)
 from maect_fast.evaluation.report import format_table, write_report
-from maect_fast.evaluation.runs import load_run, run_encoder, run_pretrain_model
+from maect_fast.evaluation.runs import (
+    load_run,
+    run_encoder,
+    run_pretrain_model,
+    weights_line,
+)
 from maect_fast.models.encoder import Encoder
 from maect_fast.training.engine import run_stage
 from maect_fast.training.log import read_metrics
@@ -28,7 +40,7 @@ RECIPE = "digits"
 COLUMNS = ("knn", "linear_probe", "low_shot_5", "kmeans_acc", "kmeans_nmi", "kmeans_ari")
 
 
-def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
+def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> int:
     """Run all three stages for every seed, print one table, write `out`/report.
 
     A demo that was stopped continues where it was.
@@ -39,15 +51,17 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
         control: also prepare and tune a random encoder, without pre-training.
 
     Returns:
-        False when a signal stopped it.
+        0, or the number of the signal that stopped it.
     """
     began = time.monotonic()
+    given = f"--out {out} --seeds {' '.join(map(str, seeds))}{' --control' if control else ''}"
+    about = about_report(f"maect-fast demo {given}", seed=seeds[0])
     tables: dict[str, dict[str, dict[str, float]]] = {}
     figures: dict[str, Figure] = {}
     for seed in seeds:
         folder = out / f"seed-{seed}"
-        if not _train(folder, seed, control=control):
-            return False
+        if stopped_by := _train(folder, seed, control=control):
+            return stopped_by
         subjects = _subjects(folder, seed, control=control)
         measured = {name: _measure(name, subject, seed) for name, subject in subjects.items()}
         tables[f"Seed {seed}"] = {
@@ -58,6 +72,10 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
             metrics = {name: read_metrics(folder / name) for name in ("mae", "head", "mae-ct")}
             pretrained = run_pretrain_model(*load_run(folder / "mae"))
             figures = draw(metrics, trained, measured, pretrained=pretrained, seed=seed)
+            for name, run in (("MAE", folder / "mae"), ("MAE-CT", folder / "mae-ct")):
+                config, state = load_run(run)
+                weights = weights_line(config, state)
+                about[name] = describe_run(run, config, state, weights, measured[name])
     if len(seeds) > 1:
         tables = {f"Mean of {len(seeds)} seeds": _mean(tables), **tables}
     minutes = (time.monotonic() - began) / 60
@@ -67,16 +85,21 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> bool:
         f"{torch.get_num_threads()} CPU thread(s), {minutes:.1f} minutes.",
     ]
     path = write_report(
-        out / "report", title="MAE-CT on digits", tables=tables, figures=figures, notes=notes
+        out / "report",
+        title="MAE-CT on digits",
+        tables=tables,
+        figures=figures,
+        notes=notes,
+        about=about,
     )
     for heading, rows in tables.items():
         print(f"\n{heading}\n\n{format_table(rows)}")  # noqa: T201 (the demo's result)
     print(f"\n{minutes:.1f} minutes; report: {path}")  # noqa: T201
-    return True
+    return 0
 
 
-def _train(folder: Path, seed: int, *, control: bool) -> bool:
-    """The three stages, and the control's two; False when a signal stopped one."""
+def _train(folder: Path, seed: int, *, control: bool) -> int:
+    """The three stages, and the control's two; the number of a signal that stopped one."""
     steps: list[tuple[Stage, str, str | None]] = [
         ("pretrain", "mae", None),
         ("prepare-head", "head", "mae"),
@@ -86,10 +109,10 @@ def _train(folder: Path, seed: int, *, control: bool) -> bool:
         steps += [("prepare-head", "control-head", None), ("tune", "control", "control-head")]
     for stage, name, init in steps:
         start = None if init is None else folder / init
-        if not run_stage(_config(stage, seed), folder / name, init=start):
-            print(f"stopped and saved; the same command continues {folder}", file=sys.stderr)  # noqa: T201
-            return False
-    return True
+        config = _config(stage, seed)
+        if stopped_by := run_stage(config, folder / name, init=start, recipe=RECIPE):
+            return stopped_by
+    return 0
 
 
 def _config(stage: Stage, seed: int) -> Config:
@@ -115,7 +138,7 @@ def _subjects(folder: Path, seed: int, *, control: bool) -> dict[str, Subject]:
 
 def _measure(name: str, subject: Subject, seed: int) -> Measured:
     print(f"evaluating {name}", file=sys.stderr)  # noqa: T201 (progress)
-    return measure(subject, seed=seed)
+    return measure(subject, seed=seed, title=name)
 
 
 def _mean(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

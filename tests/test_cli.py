@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from pyarrow import csv, parquet
+from safetensors.torch import load_file
 
 from maect_fast.cli import main
 from maect_fast.evaluation import load_features
@@ -53,9 +56,9 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_run_may_be_told_not_to_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
 
-    def noted(*_: object, capture: bool, **__: object) -> bool:
+    def noted(*_: object, capture: bool, **__: object) -> int:
         found.append(capture)
-        return True
+        return 0
 
     monkeypatch.setattr("maect_fast.training.engine.run_stage", noted)
     command = ["pretrain", "--recipe", "digits", "--out", str(tmp_path)]
@@ -82,12 +85,118 @@ def test_unlabelled_folder_through_all_stages(
     assert line["update"] == 6
     capsys.readouterr()
 
-    assert main(["evaluate", str(mae), str(tuned), f"data.test_root={images}"]) == 0
-    assert "report.html" in capsys.readouterr().out
-    assert (tuned / "report" / "report.json").is_file()
+    command = ["evaluate", str(mae), str(tuned), f"data.test_root={images}"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "report.html" in printed
+    assert "no labels: the images lie in no class folders" in printed
+    report = json.loads((tuned / "report" / "report.json").read_text())
+    needs_none = ["view_agreement", "silhouette", "cluster_smallest", "cluster_largest"]
+    for row in report["tables"]["Metrics"].values():
+        assert set(row) == {*needs_none, "alignment", "uniformity"}
+    assert list(report["figures"]) == [
+        "Training",
+        "t-SNE of the test images",
+        "Reconstructions",
+        "Attention",
+    ]
+    assert report["about"]["command"] == " ".join(["maect-fast", *command])
+    told = report["about"]["tuned (tune)"]
+    assert f"{tuned}: stage tune, recipe b16-aug, seed 5, 2 epochs of batches of 8" in told
+    # Of a run that short the average would be what it started from, but for the warm-up.
+    assert "the encoder's EMA of decay 0.6971 after 6 of 6 updates: 3.1 half-lives" in told
+    assert "the encoder as trained, after 6 of 6 updates" in report["about"]["mae (pretrain)"]
+
+    word = ["--methods", "knn"]
+    assert "knn need class folders; no labels: " in error_of(capsys, *command, *word)
     features = tmp_path / "x.safetensors"
     assert main(["extract", str(tuned), "--out", str(features)]) == 0
-    assert load_features(features).x.shape == (24, 24)
+    ema = load_features(features).x
+    assert ema.shape == (24, 24)
+    assert main(["extract", str(tuned), "--out", str(features), "--weights", "model"]) == 0
+    assert "the encoder as trained, not its EMA, after 6 of 6" in capsys.readouterr().out
+    assert not torch.equal(load_features(features).x, ema)
+
+
+def test_a_run_finds_its_images_from_another_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images.parent)
+    root = ("data.root=images", "data.test_root=images")
+    command = ["pretrain", "--recipe", "b16", "--out", "mae", *root, *SMALL, "epochs=1"]
+    assert main(command) == 0
+    monkeypatch.chdir("/")
+    assert main(["evaluate", str(tmp_path / "mae")]) == 0
+
+
+def rows_of(path: Path) -> list[dict[str, object]]:
+    table = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
+    found: list[dict[str, object]] = table.to_pylist()
+    return found
+
+
+def test_features_have_a_row_per_file_that_was_asked_for(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In each format; labels and why a file is missing are there."""
+    folder = tmp_path / "classes"
+    for i, name in enumerate(["a,b", "cat", 'q"t']):
+        (folder / name).mkdir(parents=True)
+        for k in range(3):
+            (folder / name / f"{k}.jpg").write_bytes((images / f"{3 * i + k}.jpg").read_bytes())
+    (folder / "cat" / "1.jpg").write_text("nothing")
+    out = str(tmp_path / "mae")
+    command = ["pretrain", "--recipe", "b16", "--out", out, f"data.root={images}", *SMALL]
+    assert main([*command, "epochs=1"]) == 0
+
+    def extract(name: str) -> Path:
+        path = tmp_path / name
+        capsys.readouterr()
+        assert main(["extract", out, "--out", str(path), f"data.root={folder}"]) == 0
+        assert "8 x 24 (mean_patch), 1 images missing" in capsys.readouterr().out
+        return path
+
+    x = np.load(extract("x.npy"))
+    assert x.shape == (8, 24)
+    tensors = load_file(extract("x.safetensors"))
+    assert np.array_equal(tensors["x"].numpy(), x)
+    assert tensors["id"].tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert tensors["label"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    beside = [rows_of(tmp_path / f"x.{suffix}.files.csv") for suffix in ("npy", "safetensors")]
+    assert beside[0] == beside[1]
+    tables = [rows_of(extract(name)) for name in ("x.csv", "x.parquet")]
+    for rows in (*tables, beside[0]):
+        assert [row["path"] for row in rows] == sorted(str(p) for p in folder.glob("*/*"))
+        assert [row["id"] for row in rows] == list(range(9))
+        assert [row["label"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert [row["class"] for row in rows][::3] == ["a,b", "cat", 'q"t']
+        missing = {i: row["missing"] for i, row in enumerate(rows) if row["missing"]}
+        assert missing == {4: "it begins like none"}
+    assert [row["row"] for row in beside[0]] == [0, 1, 2, 3, None, 4, 5, 6, 7]
+    written = [[row[f"feature_{i}"] for i in range(24)] for row in tables[0]]
+    lists = [row["feature"] for row in tables[1]]
+    assert written[4] == [None] * 24
+    assert lists[4] is None
+    for found in (written, lists):
+        kept = np.array([row for i, row in enumerate(found) if i != 4], dtype=np.float32)
+        assert np.array_equal(kept, x)
+    assert "--out: expected a file that ends in .safetensors, .npy, .csv, .parquet" in error_of(
+        capsys, "extract", out, "--out", str(tmp_path / "x.h5")
+    )
+
+
+def test_the_same_warning_is_given_once(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many passes over the images an evaluation makes."""
+    out = str(tmp_path / "mae")
+    command = ["pretrain", "--recipe", "b16", "--out", out, f"data.root={images}", *SMALL]
+    assert main([*command, "epochs=1"]) == 0
+    (images / "0.jpg").write_text("nothing")
+    (images / "1.jpg").write_text("nothing")
+    assert main(["evaluate", out, f"data.test_root={images}"]) == 0
+    (line,) = caplog.messages
+    assert line.startswith("skipped 2 (no image): ")
 
 
 def test_runs_of_one_name_are_all_evaluated(

@@ -21,7 +21,7 @@ def test_demo_prints_one_table_and_writes_the_report(
         return load_config(load_recipe(demo.RECIPE, stage), overrides=overrides)
 
     monkeypatch.setattr(demo, "_config", short)
-    assert demo.run_demo(tmp_path, seeds=[3, 4], control=True)
+    assert demo.run_demo(tmp_path, seeds=[3, 4], control=True) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert list(report["tables"]) == ["Mean of 2 seeds", "Seed 3", "Seed 4"]
@@ -35,6 +35,9 @@ def test_demo_prints_one_table_and_writes_the_report(
     mean = report["tables"]["Mean of 2 seeds"]["MAE-CT"]
     assert mean["knn"] == pytest.approx((first["knn"] + second["knn"]) / 2)
     assert len(report["figures"]) == 5
+    # Pooled is the mean of the patches.
+    assert "recipe digits, seed 3" in report["about"]["MAE-CT"]
+    assert report["about"]["command"] == f"maect-fast demo --out {tmp_path} --seeds 3 4 --control"
     for file in report["figures"].values():
         assert (tmp_path / "report" / file).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report" / "report.html").stat().st_size > 100_000
@@ -47,7 +50,7 @@ def test_the_stages_learn(tmp_path: Path) -> None:
     for stage, name in (("pretrain", "mae"), ("prepare-head", "head"), ("tune", "mae-ct")):
         overrides = ["epochs=20", "threads=1", "seed=0"]
         config = load_config(load_recipe("digits", stage), overrides=overrides)  # type: ignore[arg-type]
-        assert run_stage(config, tmp_path / name, init=init)
+        assert run_stage(config, tmp_path / name, init=init) == 0
         init = tmp_path / name
         lines[name] = read_metrics(init)
     for name in ("mae", "head", "mae-ct"):

@@ -281,6 +281,9 @@ evaluate {run} {run} | RUN
 evaluate x=1 | RUN
 evaluate {run} --methods svm | --methods
 evaluate {run} --methods knn epochs=0 | epochs
+evaluate {run} --clusters 1 | --clusters
+evaluate {run} --clusters many | --clusters
+evaluate {run} --weights best | --weights
 evaluate {run} --seed x | --seed
 evaluate {run} --seed -1 | --seed
 evaluate {run} --out {file} | file.txt
@@ -290,6 +293,9 @@ extract {out} --out {out}.safetensors | checkpoint
 extract {run} --out {out}/x.safetensors --split all | --split
 extract {run} --out {file}/x.safetensors | file.txt
 extract {run} --out {bad} | bad
+extract {run} --out {out}/x | --out
+extract {run} --out {out}/x.h5 | --out
+extract {run} --out {out}/x.npy --weights best | --weights
 doctor x | x
 doctor epochs=3 | epochs=3
 demo --seeds | --seeds

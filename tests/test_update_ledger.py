@@ -34,7 +34,13 @@ BOUND = 650
 OURS = LAUNCHES | {"queue_topk": 3, "queue_enqueue": 2, "info_nce_fwd": 2, "info_nce_bwd": 2}
 # Of PyTorch's lists: tensors and chunks of 65,536 numbers that one launch takes, by how many lists
 # it reads or writes (MultiTensorApply.cuh, built with CUDA 13 as PyTorch's wheels are).
-LISTS = {"_foreach_add_": 1, "_foreach_copy_": 2, "_foreach_lerp_": 2, "_fused_adamw_": 4}
+LISTS = {
+    "_foreach_add_": 1,
+    "_foreach_copy_": 2,
+    "_foreach_lerp_": 2,
+    "_fused_adamw_": 4,
+    "_fused_sgd_": 2,
+}
 MAX_TENSORS, MAX_CHUNKS, CHUNK = {1: 770, 2: 448, 4: 252}, 2240, 65536
 NOT_LAUNCHED = {*ALLOCATIONS, "_unsafe_view", "_record_function_enter_new", "_record_function_exit"}
 
@@ -82,8 +88,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        # With a tensor for the rate it has no meta form.
-        out = None if name == "_fused_adamw_" else func(*args, **kwargs)
+        # With a tensor for the rate they have no meta form.
+        out = None if name.startswith("_fused_") else func(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
         on_cpu = [x for x in tensors if x.device.type == "cpu"]
         if on_cpu and len(on_cpu) < len(tensors):

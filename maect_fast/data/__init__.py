@@ -1,7 +1,7 @@
 """Images in, augmented batches out."""
 
 from maect_fast.data.feed import Feed
-from maect_fast.data.loader import Batch, DataError, EvalBatches, Loader, eval_batches
+from maect_fast.data.loader import Batch, DataError, EvalBatches, Loader, eval_batches, told_once
 from maect_fast.data.sources import FolderSource, Source, TensorSource, build_source
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "TensorSource",
     "build_source",
     "eval_batches",
+    "told_once",
 ]

@@ -12,7 +12,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from maect_fast.config import AugmentConfig, ConfigError
+from maect_fast.data import sources
 from maect_fast.data.augment import (
     NOISE,
     bytes_to_normalized,
@@ -46,7 +48,7 @@ from maect_fast.errors import UserError
 from maect_fast.kernels._common.philox import MASK32, philox4x32
 from maect_fast.names import listed, one_line, printable
 
-__all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches"]
+__all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches", "told_once"]
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +235,33 @@ def _broken(error: Exception) -> Broken:
 def _to_float(pixels: NDArray[np.uint8]) -> Tensor:
     """Bytes [..., S, S, C] to fp32 [..., C, S, S] in [0, 1]."""
     return torch.from_numpy(pixels).movedim(-1, -3).contiguous().float().div_(255)
+
+
+class _Once(logging.Filter):
+    """Lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self.seen
+        self.seen.add(message)
+        return is_new
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Meanwhile the same is said once of images, however often they are read."""
+    once, loggers = _Once(), (logger, logging.getLogger(sources.__name__))
+    for each in loggers:
+        each.addFilter(once)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(once)
 
 
 class _BrokenImages:
@@ -426,15 +455,15 @@ class EvalBatches:
         batch_size: int,
         workers: int,
         max_broken: int,
+        indices: Sequence[int] | None,
     ) -> None:
         self.source = source
         self.augment = augment
-        self.batch_size = batch_size
         self._broken = _BrokenImages(source, max_broken)
+        wanted = torch.arange(len(source)) if indices is None else torch.tensor(indices)
+        self._parts = torch.split(wanted, batch_size)
         schedule = _Schedule()
-        schedule.items = [
-            (0, part.tolist()) for part in torch.split(torch.arange(len(source)), batch_size)
-        ]
+        schedule.items = [(0, part.tolist()) for part in self._parts]
         self._decoded = _data_loader(
             _EvaluationBatches(source, augment, img_size),
             schedule,
@@ -444,12 +473,12 @@ class EvalBatches:
         )
 
     @property
-    def skipped(self) -> list[int]:
-        """Indices of the unreadable images left out; complete after a full pass."""
-        return sorted(self._broken.found)
+    def skipped(self) -> dict[int, str]:
+        """Why images were left out, by index, in order; complete after a full pass."""
+        return {index: broken.reason for index, broken in sorted(self._broken.found.items())}
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
+        return len(self._parts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self.source, TensorSource):
@@ -464,13 +493,9 @@ class EvalBatches:
             self._broken.tell()
 
     def _in_memory(self, source: TensorSource) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = zip(
-            torch.split(source.images, self.batch_size),
-            torch.split(source.labels, self.batch_size),
-            strict=True,
-        )
-        for images, labels in parts:
-            yield to_normalized(images.float() / 255, self.augment), labels
+        for part in self._parts:
+            images = source.images[part.to(source.images.device)]
+            yield to_normalized(images.float() / 255, self.augment), source.labels[part]
 
 
 def eval_batches(
@@ -481,13 +506,15 @@ def eval_batches(
     batch_size: int,
     workers: int = 0,
     max_broken: int = 10,
+    indices: Sequence[int] | None = None,
 ) -> EvalBatches:
     """All images in the order of the source, as they are; the last batch may be smaller.
 
     Files are resized to a short side of img_size * 256 / 224 (bicubic) and the middle is cut out;
     images in memory are taken as they are. Both are normalised with the mean and std of `augment`.
     An image that cannot be read is left out, and the log has a line for each kind of them at the
-    end; `EvalBatches.skipped` has their indices.
+    end; `EvalBatches.skipped` has their indices and reasons. With `indices` these images alone, in
+    this order.
 
     Raises:
         DataError: while iterating, when more than `max_broken` images cannot be read.
@@ -499,6 +526,7 @@ def eval_batches(
         batch_size=batch_size,
         workers=workers,
         max_broken=max_broken,
+        indices=indices,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from maect_fast.evaluation.clustering import kmeans
 from maect_fast.evaluation.features import (
@@ -17,23 +18,52 @@ from maect_fast.evaluation.features import (
 from maect_fast.evaluation.knn import knn_accuracy
 from maect_fast.evaluation.linear_probe import linear_probe, probe_schedule
 from maect_fast.evaluation.low_shot import low_shot
+from maect_fast.evaluation.unlabelled import Views, score_unlabelled_clusters, score_views
 
 __all__ = [
     "METHODS",
+    "NUM_CLUSTERS",
     "Features",
     "Method",
+    "Views",
     "evaluate_features",
     "extract_features",
     "load_features",
+    "no_labels",
     "raw_pixels",
     "save_features",
 ]
 
-Method = Literal["knn", "linear_probe", "low_shot", "clustering"]
+Method = Literal["knn", "linear_probe", "low_shot", "clustering", "views"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
 SHOTS = (1, 2, 5)
+# Of images without labels, where nothing says how many there are.
+NUM_CLUSTERS = 10
+
+
+def no_labels(train: Tensor, test: Tensor) -> str | None:
+    """Why there are no metrics by class, in a line; None where there are.
+
+    Args:
+        train: labels of the training images, [N] int64, -1 for none.
+        test: the same of the test images.
+    """
+    known_train, known_test = train[train >= 0], test[test >= 0]
+    if len(known_train) == 0 and len(known_test) == 0:
+        why = "the images lie in no class folders"
+    elif len(known_train) == 0 or len(known_test) == 0:
+        without = "test" if len(known_test) == 0 else "training"
+        why = f"the {without} images lie in no class folders"
+    elif len(torch.unique(known_train)) < 2:
+        why = "all training images are of one class"
+    else:
+        return None
+    return (
+        f"no labels: {why}, so there is no k-NN, linear probe or low-shot accuracy; what is "
+        "measured instead needs none"
+    )
 
 
 def evaluate_features(
@@ -43,9 +73,11 @@ def evaluate_features(
     seed: int = 0,
     methods: Sequence[Method] = METHODS,
     cluster: Literal["all", "test"] = "all",
+    num_clusters: int = NUM_CLUSTERS,
+    views: Views | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Measure features by every protocol that the labels allow.
+    """Measure features by every protocol that the labels allow; without labels by what needs none.
 
     Args:
         train: features of the training images: gallery of the k-NN, training set of the linear
@@ -57,15 +89,20 @@ def evaluate_features(
         cluster: the images that k-means clusters and is measured on: `all` for both sets (it trains
             on no labels, so nothing is held out), or `test` alone, which is what fits for large
             data sets.
+        num_clusters: of images without labels, of which the test images alone are clustered.
+        views: features of two views of the test images, for the method `views`.
         device: where k-NN and probe run.
 
     Returns:
         By name, each in [0, 1] except for ARI, which may be below 0: `knn`, `knn_standardised`;
         `linear_probe` (best head and epoch on the test set, as the paper reports),
         `linear_probe_last`; `low_shot_1`, `_2`, `_5` with `_std` over the draws; `kmeans_acc` with
-        `_std` over the restarts, `kmeans_nmi`, `kmeans_ari`. Rows without a label are left out of
-        everything but the clustering itself; metrics that cannot be computed (no labels, a single
-        class, a class with fewer images than shots) are left out of the result.
+        `_std` over the restarts, `kmeans_acc_best` (the restart of lowest inertia), `kmeans_nmi`,
+        `kmeans_ari`; where there are no two classes to compare with, `silhouette`,
+        `cluster_smallest`, `cluster_largest` instead; `view_agreement`, `alignment`, `uniformity`
+        of `views`. Rows without a label are left out of everything but the clustering itself;
+        metrics that cannot be computed (no labels, a single class, a class with fewer images than
+        shots) are left out of the result.
 
     Raises:
         ValueError: an unknown method, feature dimensions that differ, fewer than 10 labelled
@@ -113,7 +150,12 @@ def evaluate_features(
             result |= {
                 "kmeans_acc": scores.acc,
                 "kmeans_acc_std": acc_std,
+                "kmeans_acc_best": runs.best_scores(features.label).acc,
                 "kmeans_nmi": scores.nmi,
                 "kmeans_ari": scores.ari,
             }
+        else:
+            result |= score_unlabelled_clusters(test, num_clusters=num_clusters, seed=seed)
+    if "views" in methods and views is not None:
+        result |= score_views(views, seed=seed)
     return result

@@ -8,12 +8,11 @@ method) for the accuracy.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 from torch import Tensor
 
 from maect_fast.evaluation.features import Features
@@ -56,6 +55,11 @@ class Clustering:
         )
         return mean, float(np.std([s.acc for s in scores]))
 
+    def best_scores(self, label: Tensor) -> ClusterScores:
+        """Those of `cluster`; `label` as for `scores`."""
+        known = label >= 0
+        return score_clusters(label[known], self.cluster[known])
+
 
 def kmeans(
     features: Features, *, num_clusters: int, restarts: int = 10, num_init: int = 10, seed: int = 0
@@ -97,8 +101,7 @@ def match_clusters(label: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
         order: [S] int64, the cluster in each column.
     """
     size = int(max(label.max(), cluster.max())) + 1
-    counts: npt.NDArray[np.int64] = np.zeros((size, size), dtype=np.int64)
-    np.add.at(counts, (label.numpy(), cluster.numpy()), 1)
+    counts = confusion_matrix(label, cluster, labels=range(size))
     _, order = linear_sum_assignment(counts, maximize=True)
     return torch.from_numpy(counts[:, order]), torch.from_numpy(order)
 

@@ -1,8 +1,12 @@
 """Runs side by side: one table, one report."""
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from maect_fast.config import Config, ConfigError
-from maect_fast.data import build_source, eval_batches
-from maect_fast.evaluation import METHODS, Features, Method, evaluate_features
-from maect_fast.evaluation.features import cls_attention, concatenate
+from maect_fast.config import AugmentConfig, Config, ConfigError
+from maect_fast.data import build_source, eval_batches, told_once
+from maect_fast.evaluation import METHODS, NUM_CLUSTERS, Method, evaluate_features, no_labels
+from maect_fast.evaluation.clustering import kmeans
+from maect_fast.evaluation.features import concatenate, pooled_attention
 from maect_fast.evaluation.figures import (
     plot_attention,
     plot_confusion,
@@ -23,23 +28,30 @@ from maect_fast.evaluation.figures import (
 )
 from maect_fast.evaluation.report import format_table, write_report
 from maect_fast.evaluation.runs import (
+    Extracted,
+    Weights,
     check_run,
     load_run,
     run_encoder,
     run_pretrain_model,
     split_features,
+    view_features,
+    weights_line,
 )
+from maect_fast.evaluation.unlabelled import num_unlabelled_clusters
 from maect_fast.models.encoder import Encoder
 from maect_fast.models.maect import PretrainModel
 from maect_fast.names import printable
-from maect_fast.training.log import read_metrics
+from maect_fast.training.log import progress, read_metrics
 from maect_fast.training.run_directory import check_writable
 
-__all__ = ["Measured", "Subject", "compare_runs", "draw", "measure"]
+__all__ = ["Measured", "Subject", "about_report", "compare_runs", "describe_run", "draw", "measure"]
 
 PICTURES = 8
 # Images below which an embedding says nothing; plot_tsne refuses them.
 MIN_TSNE = 4
+NEED_LABELS = ("knn", "linear_probe", "low_shot")
+VERSIONS = ("maect-fast", "torch", "timm", "scikit-learn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +69,58 @@ class Measured:
     """Metrics, and the features they were measured on."""
 
     metrics: dict[str, float]
-    train: Features
-    test: Features
+    train: Extracted
+    test: Extracted
+
+    @property
+    def no_labels(self) -> str | None:
+        """See `no_labels` of the package."""
+        return no_labels(self.train.features.label, self.test.features.label)
 
 
-def measure(subject: Subject, *, methods: Sequence[Method] = METHODS, seed: int = 0) -> Measured:
-    """Extract the features of both splits and evaluate them."""
-    train = split_features(subject.config, "train", subject.encoder)
-    test = split_features(subject.config, "test", subject.encoder)
-    return Measured(evaluate_features(train, test, methods=methods, seed=seed), train, test)
+def measure(
+    subject: Subject,
+    *,
+    methods: Sequence[Method] = METHODS,
+    seed: int = 0,
+    num_clusters: int = NUM_CLUSTERS,
+    augment: AugmentConfig | None = None,
+    title: str = "",
+) -> Measured:
+    """Extract the features of both splits and evaluate them.
+
+    Args:
+        subject: what is measured.
+        methods: which protocols; `views` only where there are no labels, or where it is named among
+            fewer than all.
+        seed: see `evaluate_features`.
+        num_clusters: of images without labels.
+        augment: of the two views; None is the subject's own.
+        title: of the progress bars.
+    """
+    config, encoder = subject.config, subject.encoder
+    train, test = (split_features(config, s, encoder, title=title) for s in ("train", "test"))
+    found = Measured({}, train, test)
+    for method in progress(methods, f"{title} metrics".strip(), total=len(methods)):
+        views = None
+        if method == "views":
+            is_wanted = found.no_labels is not None or len(methods) < len(METHODS)
+            if encoder is None or not is_wanted:
+                continue
+            views = view_features(
+                config, encoder, augment or config.augment, seed=seed, title=title
+            )
+        found.metrics.update(
+            evaluate_features(
+                train.features,
+                test.features,
+                methods=(method,),
+                seed=seed,
+                num_clusters=num_clusters,
+                views=views,
+            )
+        )
+    return found
 
 
 def compare_runs(
@@ -75,33 +130,133 @@ def compare_runs(
     methods: Sequence[Method] = METHODS,
     seed: int = 0,
     overrides: Sequence[str] = (),
+    weights: Weights = "ema",
+    num_clusters: int = NUM_CLUSTERS,
+    command: str = "",
 ) -> str:
     """Evaluate run directories, write the report to `out`, return the table as text.
 
     In the pictures the first run is "before" and the last one "after". Runs, images and `out` are
     looked at before anything is computed.
+
+    Args:
+        runs: run directories.
+        out: folder of the report.
+        methods: which protocols.
+        seed: of probe, draws, k-means, views and the choice of pictures.
+        overrides: `key=value` changes of the runs' configurations.
+        weights: see `encoder_weights`.
+        num_clusters: of images without labels.
+        command: what the user typed, for the report.
     """
     titles = _titles(runs)
-    for run in runs:
-        check_run(run, overrides, "train", "test")
-    check_writable(out)
-    subjects, measured = {}, {}
+    with told_once():
+        for run in runs:
+            labels = check_run(run, overrides, "train", "test")
+            why = no_labels(*labels)
+            if why is not None and set(methods) <= set(NEED_LABELS):
+                raise ConfigError(
+                    f"--methods: {', '.join(methods)} need class folders; {why} (clustering and "
+                    "views need no labels)"
+                )
+        check_writable(out)
+        return _compare(
+            runs,
+            titles,
+            out,
+            methods=methods,
+            seed=seed,
+            overrides=overrides,
+            weights=weights,
+            num_clusters=num_clusters,
+            command=command,
+        )
+
+
+def _compare(
+    runs: Sequence[Path],
+    titles: Sequence[str],
+    out: Path,
+    *,
+    methods: Sequence[Method],
+    seed: int,
+    overrides: Sequence[str],
+    weights: Weights,
+    num_clusters: int,
+    command: str,
+) -> str:
+    """`compare_runs` after its checks."""
+    subjects, measured, taken = {}, {}, {}
+    about = about_report(command, seed=seed)
+    augment = load_run(runs[-1], overrides)[0].augment
     pretrained = None
     for run, title in zip(runs, titles, strict=True):
-        config, state = load_run(run, overrides)
+        config, state = load_run(run, overrides, weights=weights)
         name = f"{title} ({config.stage})"
-        subjects[name] = Subject(config, run_encoder(config, state))
+        subjects[name] = Subject(config, run_encoder(config, state, weights))
+        taken[name] = weights_line(config, state, weights)
         try:
-            measured[name] = measure(subjects[name], methods=methods, seed=seed)
+            measured[name] = measure(
+                subjects[name],
+                methods=methods,
+                seed=seed,
+                num_clusters=num_clusters,
+                augment=augment,
+                title=title,
+            )
         except ValueError as error:
             raise ConfigError(f"{printable(run)}: {error}") from error
+        about[name] = describe_run(run, config, state, taken[name], measured[name])
         if config.stage == "pretrain" and pretrained is None:
             pretrained = run_pretrain_model(config, state)
     rows = {name: result.metrics for name, result in measured.items()}
     curves = {title: read_metrics(run) for run, title in zip(runs, titles, strict=True)}
-    figures = draw(curves, subjects, measured, pretrained=pretrained, seed=seed)
-    path = write_report(out, title="Evaluation", tables={"Metrics": rows}, figures=figures)
-    return f"{format_table(rows)}\n\nreport: {printable(path)}"
+    figures = draw(
+        curves, subjects, measured, pretrained=pretrained, seed=seed, num_clusters=num_clusters
+    )
+    # The same for runs on the same images, which is once.
+    notes = list(dict.fromkeys(m.no_labels for m in measured.values() if m.no_labels is not None))
+    path = write_report(
+        out,
+        title="Evaluation",
+        tables={"Metrics": rows},
+        figures=figures,
+        notes=notes,
+        about=about,
+    )
+    lines = [f"{printable(name)}: {line}" for name, line in taken.items()]
+    told = [*lines, *notes, "", format_table(rows), "", f"report: {printable(path)}"]
+    return "\n".join(told)
+
+
+def about_report(command: str, *, seed: int) -> dict[str, str]:
+    """What a report says of itself: how it was made, when, by what."""
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "versions": ", ".join(f"{name} {version(name)}" for name in VERSIONS),
+        "seed of the evaluation": str(seed),
+    }
+
+
+def describe_run(
+    run: Path, config: Config, state: dict[str, Any], weights: str, measured: Measured
+) -> str:
+    """A sentence on a run: what it is, and on which images it was measured."""
+    record = state.get("record")
+    recipe = (record.get("recipe") if isinstance(record, dict) else None) or "not recorded"
+    data = config.data
+    where: str = data.source
+    if data.source == "folder":
+        folders = (os.path.abspath(str(root)) for root in (data.root, data.test_root))
+        where = " and ".join(dict.fromkeys(folders))
+    counts = [f"{len(part.features):,}" for part in (measured.train, measured.test)]
+    return (
+        f"{os.path.abspath(run)}: stage {config.stage}, recipe {recipe}, seed {config.seed}, "
+        f"{config.epochs} epochs of batches of {config.batch_size}; {weights}; "
+        f"{config.head.pooling} pooling; {counts[0]} training and {counts[1]} test images of "
+        f"{where}"
+    )
 
 
 def _titles(runs: Sequence[Path]) -> list[str]:
@@ -119,49 +274,86 @@ def draw(
     *,
     pretrained: PretrainModel | None,
     seed: int,
+    num_clusters: int = NUM_CLUSTERS,
 ) -> dict[str, Figure]:
-    """The report's pictures; those that need classes only where there are labels.
+    """The report's pictures; where there are no classes, clusters take their place.
 
     Args:
         metrics: lines of metrics.jsonl by the run's title, for the training curves.
         subjects: encoders by title; the first is "before", the last "after".
         measured: what `measure` returned for them.
         pretrained: paints the reconstructions, if it takes the images of the last subject.
-        seed: of t-SNE and k-means.
+        seed: of t-SNE, k-means and the choice of images.
+        num_clusters: of images without labels.
     """
     before, after = next(iter(subjects)), list(subjects)[-1]
-    last = subjects[after]
-    test = measured[after].test
-    images = _test_images(last.config)
-    classes = build_source(last.config.data, last.config.encoder, split="test").class_names
+    last, test = subjects[after], measured[after].test
+    everything = concatenate(measured[after].train.features, test.features)
+    has_classes = len(torch.unique(everything.labelled().label)) >= 2
+    group, names, groups = test.features.label, test.source.class_names, "class"
+    count = num_unlabelled_clusters(len(test.features), num_clusters)
+    if not has_classes and count >= 2:
+        group = kmeans(test.features, num_clusters=count, restarts=1, seed=seed).cluster
+        names, groups = [f"cluster {i}" for i in range(count)], f"k-means cluster of {after}"
+    chosen = spread(group, PICTURES, seed=seed)
+    shown = [names[g] if 0 <= g < len(names) else "" for g in group[chosen].tolist()]
+    images = _images(last.config, test.sample_id[chosen].tolist())
+    pixels = _pixels(images, last.config)
     figures = {}
     if any(metrics.values()):
         figures["Training"] = plot_curves(metrics)
-    panels = {name: measured[name].test for name in dict.fromkeys((before, after))}
+    panels = {name: measured[name].test.features for name in dict.fromkeys((before, after))}
     same_images = len({len(features) for features in panels.values()}) == 1
-    if same_images and len(test) >= MIN_TSNE:
-        figures["t-SNE of the test images"] = plot_tsne(panels, class_names=classes, seed=seed)
-    everything = concatenate(measured[after].train, test)
-    if len(torch.unique(everything.labelled().label)) >= 2:
-        figures["Clusters and classes"] = plot_confusion(everything, class_names=classes, seed=seed)
+    if same_images and len(group) >= MIN_TSNE:
+        figures["t-SNE of the test images"] = plot_tsne(
+            panels, group, group_names=names, coloured_by=groups, seed=seed
+        )
+    if has_classes:
+        figures["Clusters and classes"] = plot_confusion(everything, class_names=names, seed=seed)
     if pretrained is not None and pretrained.encoder.config == last.config.encoder:
         drawn = pretrained.reconstruct(images.to(next(pretrained.parameters()).device))
-        pictures = (_pixels(x, last.config) for x in (images, drawn.masked, drawn.filled))
-        figures["Reconstructions"] = plot_reconstructions(*pictures)
-    if last.encoder is not None:
-        device = next(last.encoder.parameters()).device
-        attention = cls_attention(last.encoder, images.to(device))
-        figures["Attention of the class token"] = plot_attention(
-            _pixels(images, last.config), attention
+        figures["Reconstructions"] = plot_reconstructions(
+            pixels,
+            *(_pixels(x, last.config) for x in drawn),
+            titles=shown,
+            mask_ratio=pretrained.mask_ratio,
+            is_normalised=pretrained.decoder.normalize_pixels,
         )
+    if last.encoder is not None:
+        device, pooling = next(last.encoder.parameters()).device, last.config.head.pooling
+        attention = pooled_attention(last.encoder, images.to(device), pooling)
+        figures["Attention"] = plot_attention(pixels, attention, pooling=pooling, titles=shown)
     return figures
 
 
-def _test_images(config: Config) -> Tensor:
-    """The first few test images, normalised."""
+def spread(group: Tensor, count: int, *, seed: int) -> Tensor:
+    """Row numbers of up to `count` images, drawn in turn from all groups, in their order.
+
+    Args:
+        group: [N] int64, the class or cluster of each row.
+        count: images wanted.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(group), generator=generator)
+    rank = torch.empty_like(order)
+    for number in torch.unique(group).tolist():
+        own = order[group[order] == number]
+        rank[own] = torch.arange(len(own))
+    # All first images of their group, then all second ones; within a round by chance.
+    drawn = order[torch.argsort(rank[order], stable=True)][:count]
+    return drawn[torch.argsort(group[drawn], stable=True)]
+
+
+def _images(config: Config, indices: Sequence[int]) -> Tensor:
+    """Some test images, normalised."""
     source = build_source(config.data, config.encoder, split="test")
     batches = eval_batches(
-        source, config.augment, img_size=config.encoder.img_size, batch_size=PICTURES
+        source,
+        config.augment,
+        img_size=config.encoder.img_size,
+        batch_size=len(indices),
+        indices=indices,
     )
     return next(iter(batches))[0]
 

@@ -17,10 +17,10 @@ from maect_fast.tensor_file import read_tensor_file
 
 __all__ = [
     "Features",
-    "cls_attention",
     "concatenate",
     "extract_features",
     "load_features",
+    "pooled_attention",
     "raw_pixels",
     "save_features",
 ]
@@ -123,8 +123,10 @@ def raw_pixels(
 
 
 @torch.no_grad()
-def cls_attention(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Attention weights from the class token to the patches in the last block.
+def pooled_attention(
+    encoder: nn.Module, images: Tensor, pooling: Literal["class_token", "mean_patch"]
+) -> Tensor:
+    """Attention weights in the last block from the tokens that are pooled to the patches.
 
     Computed from the input of the block's attention module, so it does not matter whether that
     module ever holds the weights itself (a fused one does not).
@@ -134,10 +136,12 @@ def cls_attention(encoder: nn.Module, images: Tensor) -> Tensor:
             `k_norm`, `scale`; `patch_embed.grid_size` is the grid of patches, which are the last
             tokens of the sequence.
         images: [n, C, H, W] normalised, on the encoder's device.
+        pooling: `class_token`: what that token looks at; `mean_patch`: the mean over what all
+            patches look at.
 
     Returns:
-        [n, heads, h, w] float32 on the CPU. Each head sums to one minus what the class token gives
-        to itself.
+        [n, heads, h, w] float32 on the CPU. Each head sums to one minus what goes to other tokens
+        than patches.
     """
     blocks = cast("nn.Sequential", encoder.get_submodule("blocks"))
     attn: Any = blocks[-1].attn
@@ -155,10 +159,11 @@ def cls_attention(encoder: nn.Module, images: Tensor) -> Tensor:
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
     scale = getattr(attn, "scale", q.shape[-1] ** -0.5)
-    logits: Tensor = q[:, :, :1] * scale @ k.transpose(-2, -1)  # [n, heads, 1, N]
-    weights = logits.float().softmax(dim=-1)
     h, w = cast("tuple[int, int]", encoder.get_submodule("patch_embed").grid_size)
-    return weights[:, :, 0, N - h * w :].reshape(n, -1, h, w).cpu()
+    patches = slice(N - h * w, N)
+    logits: Tensor = q[:, :, patches if pooling == "mean_patch" else slice(1)] * scale @ k.mT
+    weights = logits.float().softmax(dim=-1).mean(dim=2)  # [n, heads, N] fp32
+    return weights[:, :, patches].reshape(n, -1, h, w).cpu()
 
 
 def concatenate(first: Features, second: Features) -> Features:
@@ -174,7 +179,7 @@ def save_features(features: Features, path: Path) -> None:
 
 
 def load_features(path: Path) -> Features:
-    """Read what `save_features` wrote.
+    """Read what `save_features`, or `maect-fast extract` to a safetensors file, wrote.
 
     Raises:
         ValueError: the file is not readable, or holds other tensors.
@@ -183,7 +188,7 @@ def load_features(path: Path) -> Features:
         tensors = read_tensor_file(path)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
-    if set(tensors) != {"x", "label"}:
+    if set(tensors) - {"id"} != {"x", "label"}:
         found = shortened(sorted(tensors), 200)
         raise ValueError(f"{printable(path)}: expected the tensors x and label, got {found}")
     return Features(x=tensors["x"], label=tensors["label"])

@@ -1,49 +1,107 @@
 """One report as JSON for programs, Markdown for terminals, and one HTML file that can be mailed."""
 
 import base64
-import html
 import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from maect_fast.checkpoint import write_atomically
 from maect_fast.names import markdown, printable
 
-__all__ = ["METRICS", "Rows", "format_table", "write_report"]
+__all__ = ["METRICS", "Metric", "Rows", "format_table", "write_report"]
+
+EMPTY: Mapping[str, str] = MappingProxyType({})
+
+
+class Metric(NamedTuple):
+    """A column of the report."""
+
+    heading: str
+    meaning: str
+    """In a sentence."""
+    better: Callable[[Iterable[float]], float] | None = max
+    """Picks the best of some values, if one can be said to be."""
+
 
 METRICS = {
-    "knn": "k-NN",
-    "knn_standardised": "k-NN, standardised",
-    "linear_probe": "linear probe",
-    "linear_probe_last": "linear probe, last epoch",
-    "low_shot_1": "1-shot",
-    "low_shot_2": "2-shot",
-    "low_shot_5": "5-shot",
-    "kmeans_acc": "k-means ACC",
-    "kmeans_nmi": "NMI",
-    "kmeans_ari": "ARI",
+    "knn": Metric(
+        "k-NN",
+        "Share of the test images whose class the 10 nearest training images by cosine vote for.",
+    ),
+    "knn_standardised": Metric(
+        "k-NN, standardised",
+        "The same after each feature was given mean 0 and deviation 1.",
+    ),
+    "linear_probe": Metric(
+        "linear probe, best",
+        "Test accuracy of a linear classifier on frozen features, the best of its learning rates "
+        "and epochs as chosen on the test images: what the paper reports, and optimistic.",
+    ),
+    "linear_probe_last": Metric(
+        "linear probe, last epoch",
+        "The same after the last epoch, the best of the learning rates alone.",
+    ),
+    "low_shot_1": Metric(
+        "1-shot",
+        "Test accuracy of logistic regression on one image per class, mean and deviation over 10 "
+        "draws.",
+    ),
+    "low_shot_2": Metric("2-shot", "The same with two images per class."),
+    "low_shot_5": Metric("5-shot", "The same with five images per class."),
+    "kmeans_acc": Metric(
+        "k-means ACC, mean",
+        "Share of the images in the cluster that is matched to their class, mean and deviation "
+        "over 10 runs of k-means with as many clusters as classes.",
+    ),
+    "kmeans_acc_best": Metric(
+        "k-means ACC, best",
+        "The same of the run of lowest inertia, which is chosen without labels.",
+    ),
+    "kmeans_nmi": Metric(
+        "NMI", "Normalised mutual information of clusters and classes, mean over the runs."
+    ),
+    "kmeans_ari": Metric(
+        "ARI", "Adjusted Rand index of clusters and classes, 0 by chance, mean over the runs."
+    ),
+    "view_agreement": Metric(
+        "view agreement",
+        "Two random views of each test image: share of the 10 nearest other images that both "
+        "views have in common.",
+    ),
+    "silhouette": Metric(
+        "silhouette",
+        "How much nearer an image is to its own k-means cluster than to the next one, by cosine: "
+        "1 apart, 0 overlapping.",
+    ),
+    "cluster_smallest": Metric(
+        "smallest cluster", "Share of the images in the smallest k-means cluster.", None
+    ),
+    "cluster_largest": Metric(
+        "largest cluster", "Share of the images in the largest k-means cluster.", None
+    ),
+    "alignment": Metric(
+        "alignment",
+        "Mean squared distance of an image's two views on the unit sphere, 0 to 4: less is better "
+        "at equal uniformity.",
+        None,
+    ),
+    "uniformity": Metric(
+        "uniformity",
+        "Log of the mean of exp(-2 d^2) over pairs of images, d their distance on the unit sphere, "
+        "0 (all equal) to -8: less is more spread, which is better at equal alignment.",
+        None,
+    ),
 }
-"""Column headings of the metrics that `evaluate_features` returns; in each, more is better."""
-
-CSS = """
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: #222; background: #fff;
-       font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-thead th { border-bottom: 2px solid #222; }
-.spread { color: #666; font-size: .85em; }
-figure { margin: 0; } img { max-width: 100%; height: auto; }
-"""
-
+"""What `evaluate_features` returns."""
 
 Rows = Mapping[str, Mapping[str, float]]
 """A table's values by row name and metric; `<metric>_std` is the spread of `<metric>`."""
@@ -57,17 +115,16 @@ def format_table(rows: Rows, show: Callable[[str], str] = printable) -> str:
         show: what to make of names; `markdown` makes the whole Markdown.
     """
     keys = _columns(rows)
-    lines = [["", *(show(METRICS.get(key, key)) for key in keys)]]
-    for name, row in rows.items():
-        lines.append([show(name), *(" ".join(_cell(row, key)) for key in keys)])
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(keys) + 1)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    text = []
-    for line in (lines[0], rule, *lines[1:]):
-        first = line[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        text.append(f"| {' | '.join([first, *rest])} |")
-    return "\n".join(text)
+    lines = [
+        [show(name), *(" ".join(_cell(row, key)) for key in keys)] for name, row in rows.items()
+    ]
+    return tabulate(
+        lines,
+        headers=["", *(show(_heading(key)) for key in keys)],
+        tablefmt="pipe",
+        colalign=("left", *("right" for _ in keys)),
+        disable_numparse=True,
+    )
 
 
 def write_report(
@@ -77,6 +134,7 @@ def write_report(
     tables: Mapping[str, Rows],
     figures: Mapping[str, Figure],
     notes: Sequence[str] = (),
+    about: Mapping[str, str] = EMPTY,
 ) -> Path:
     """Write report.json, report.md and report.html.
 
@@ -89,7 +147,8 @@ def write_report(
         tables: by heading, in order. Columns are the metrics that some row has, those of METRICS
             first and in its order; a row without one shows a dash.
         figures: by heading, in order.
-        notes: paragraphs of plain text after the tables.
+        notes: paragraphs of plain text before the tables.
+        about: by name, what the report says of itself, in plain text.
 
     Returns:
         The path of report.html.
@@ -102,13 +161,20 @@ def write_report(
     files = {heading: f"figures/{_slug(heading)}.png" for heading in figures}
     if len(set(files.values())) < len(files):
         raise ValueError(f"figures: expected distinct headings, got {list(files)}")
+    columns = {
+        _heading(key): METRICS[key].meaning
+        for key in dict.fromkeys(key for rows in tables.values() for key in _columns(rows))
+        if key in METRICS
+    }
     content = {
         "title": title,
+        "about": dict(about),
+        "notes": list(notes),
         "tables": {
             heading: {name: dict(row) for name, row in rows.items()}
             for heading, rows in tables.items()
         },
-        "notes": list(notes),
+        "columns": columns,
         "figures": files,
     }
     # Not finite means that something upstream failed, and NaN is not JSON.
@@ -118,63 +184,59 @@ def write_report(
         _write(out_dir / file, pictures[heading])
     # Of a name's bytes that are not UTF-8 this makes the escapes that JSON has for them.
     _write(out_dir / "report.json", document.encode(errors="backslashreplace"))
-    _write(out_dir / "report.md", _markdown(title, tables, files, notes).encode())
+    shared: dict[str, Any] = {"title": title, "about": about, "notes": notes, "columns": columns}
+    page = _template("report.md.jinja").render(
+        tables={heading: format_table(rows, markdown) for heading, rows in tables.items()},
+        figures=files,
+        **shared,
+    )
+    _write(out_dir / "report.md", page.encode())
+    page = _template("report.html.jinja").render(
+        tables={heading: _html_table(rows) for heading, rows in tables.items()},
+        figures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
+        **shared,
+    )
     path = out_dir / "report.html"
-    _write(path, _html(title, tables, pictures, notes).encode())
+    _write(path, page.encode())
     return path
 
 
-def _markdown(
-    title: str, tables: Mapping[str, Rows], files: Mapping[str, str], notes: Sequence[str]
-) -> str:
-    parts = [f"# {markdown(title)}"]
-    for heading, rows in tables.items():
-        parts += [f"## {markdown(heading)}", format_table(rows, markdown)]
-    parts += [markdown(note) for note in notes]
-    for heading, file in files.items():
-        parts += [f"## {markdown(heading)}", f"![{markdown(heading)}]({file})"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _html(
-    title: str, tables: Mapping[str, Rows], pictures: Mapping[str, bytes], notes: Sequence[str]
-) -> str:
-    parts = [f"<h1>{_escaped(title)}</h1>"]
-    for heading, rows in tables.items():
-        parts += [f"<h2>{_escaped(heading)}</h2>", _html_table(rows)]
-    parts += [f"<p>{_escaped(note)}</p>" for note in notes]
-    for heading, png in pictures.items():
-        name = _escaped(heading)
-        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-        parts += [f"<h2>{name}</h2>", f'<figure><img alt="{name}" src="{source}"></figure>']
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escaped(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+def _template(name: str) -> Template:
+    """Of HTML every text is escaped; both have the filters for names."""
+    environment = Environment(
+        loader=PackageLoader("maect_fast", "evaluation"),
+        autoescape=name.endswith(".html.jinja"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
     )
+    environment.filters |= {"printable": printable, "markdown": markdown}
+    return environment.get_template(name)
 
 
-def _escaped(name: str) -> str:
-    return html.escape(printable(name))
+class _Cell(NamedTuple):
+    value: str
+    spread: str
+    is_best: bool
 
 
-def _html_table(rows: Rows) -> str:
+def _html_table(rows: Rows) -> dict[str, Any]:
+    """Headings, and by name the cells."""
     keys = _columns(rows)
-    head = "".join(f"<th>{_escaped(METRICS.get(key, key))}</th>" for key in keys)
-    lines = [f"<thead><tr><th></th>{head}</tr></thead><tbody>"]
+    lines = {}
     for name, row in rows.items():
         cells = []
         for key in keys:
             value, *spread = _cell(row, key)
-            if key in row and row[key] == _best(rows, key):
-                value = f"<strong>{value}</strong>"
-            if spread:
-                value += f' <span class="spread">{spread[0]}</span>'
-            cells.append(f"<td>{value}</td>")
-        lines.append(f"<tr><td>{_escaped(name)}</td>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</tbody></table></div>'
+            is_best = key in row and row[key] == _best(rows, key)
+            cells.append(_Cell(value, "".join(spread), is_best))
+        lines[name] = cells
+    return {"headings": [_heading(key) for key in keys], "lines": lines}
+
+
+def _heading(key: str) -> str:
+    return METRICS[key].heading if key in METRICS else key
 
 
 def _columns(rows: Rows) -> list[str]:
@@ -185,9 +247,10 @@ def _columns(rows: Rows) -> list[str]:
 
 
 def _best(rows: Rows, key: str) -> float | None:
-    """The highest value of a column; None for a single row, or where more may not be better."""
+    """The best value of a column; None for a single row, or where none can be said to be best."""
     values = [row[key] for row in rows.values() if key in row]
-    return max(values) if key in METRICS and len(values) > 1 else None
+    better = METRICS[key].better if key in METRICS else None
+    return better(values) if better is not None and len(values) > 1 else None
 
 
 def _cell(row: Mapping[str, float], key: str) -> list[str]:

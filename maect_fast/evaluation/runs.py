@@ -1,44 +1,82 @@
 """From run directories to features: which weights a run's evaluation looks at."""
 
+import dataclasses
 from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from maect_fast.checkpoint import CheckpointError, peek_checkpoint
-from maect_fast.config import Config, load_config
-from maect_fast.data import build_source, eval_batches
+from maect_fast.config import AugmentConfig, Config, load_config
+from maect_fast.data import Loader, Source, build_source, eval_batches
 from maect_fast.evaluation.features import Features, extract_features, raw_pixels
+from maect_fast.evaluation.unlabelled import Views
 from maect_fast.models.decoder import Decoder
 from maect_fast.models.encoder import Encoder
 from maect_fast.models.maect import PretrainModel, build_pretrain
 from maect_fast.names import printable
 from maect_fast.training.distributed import World, resolve_device
+from maect_fast.training.ema import half_lives
+from maect_fast.training.log import progress
 from maect_fast.training.stages import last_checkpoint, load_module, load_state, part
 
-__all__ = ["check_run", "load_run", "run_encoder", "run_pretrain_model", "split_features"]
+__all__ = [
+    "Extracted",
+    "Split",
+    "Weights",
+    "check_run",
+    "load_run",
+    "run_encoder",
+    "run_pretrain_model",
+    "split_features",
+    "view_features",
+    "weights_line",
+]
 
 EVAL_BATCH = 256
+# Half-lives below which more than an eighth of an average is what the run started from.
+FEW = 3
 
 Split = Literal["train", "test"]
+Weights = Literal["ema", "model"]
 
 
-def check_run(run: Path, overrides: Sequence[str], *splits: Split) -> None:
+class Extracted(NamedTuple):
+    """The features of a split, and of which of its images."""
+
+    features: Features
+    """A row for each image that could be read, in the order of the source."""
+    source: Source
+    missing: dict[int, str]
+    """Why the others could not, by index."""
+
+    @property
+    def sample_id(self) -> Tensor:
+        """[N] int64: of each row, the index of its image in the source."""
+        rows = [i for i in range(len(self.source)) if i not in self.missing]
+        return torch.tensor(rows, dtype=torch.int64)
+
+
+def check_run(run: Path, overrides: Sequence[str], *splits: Split) -> list[Tensor]:
     """Find out in moments whether a run can be evaluated: checkpoint, settings and images.
+
+    Returns:
+        The labels of each split's images.
 
     Raises:
         CheckpointError: there is no checkpoint.
         ConfigError: an override that the configuration does not take, or no images of a split.
     """
     config = load_config(peek_checkpoint(last_checkpoint(run))["config"], overrides=overrides)
-    for split in splits:
-        build_source(config.data, config.encoder, split=split)
+    return [build_source(config.data, config.encoder, split=split).labels for split in splits]
 
 
-def load_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+def load_run(
+    run: Path, overrides: Sequence[str] = (), *, weights: Weights = "ema"
+) -> tuple[Config, dict[str, Any]]:
     """The configuration and the last checkpoint of a run directory, whose sizes fit each other.
 
     Raises:
@@ -47,13 +85,13 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str
     """
     state = load_state(run)
     config = load_config(state["config"], overrides=overrides)
-    weights = encoder_weights(state)
+    chosen = encoder_weights(state, weights)
     decoder = part(state["model"], "decoder.") if config.stage == "pretrain" else {}
-    _check_sizes(config, weights, decoder, run)
+    _check_sizes(config, chosen, decoder, run)
     try:
         with torch.device("meta"):
             encoder = Encoder(config.encoder)
-            load_module(encoder, weights, "encoder", run)
+            load_module(encoder, chosen, "encoder", run)
             if config.stage == "pretrain":
                 load_module(Decoder(config.decoder, encoder), decoder, "decoder", run)
     except ValueError as error:
@@ -61,11 +99,31 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str
     return config, state
 
 
-def encoder_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+def encoder_weights(state: dict[str, Any], weights: Weights = "ema") -> dict[str, Tensor]:
     """The weights that evaluation looks at: the encoder's EMA where the run kept one."""
-    if state["encoder_ema"] is not None:
+    if weights == "ema" and state["encoder_ema"] is not None:
         return dict(state["encoder_ema"])
     return part(state["model"], "encoder.")
+
+
+def weights_line(config: Config, state: dict[str, Any], weights: Weights = "ema") -> str:
+    """Which weights `encoder_weights` takes, and how far an average has left its start behind."""
+    done = f"{state['update']:,} of {state['total']:,} updates"
+    if weights == "model" or state["encoder_ema"] is None:
+        why = "" if state["encoder_ema"] is None else ", not its EMA"
+        return f"the encoder as trained{why}, after {done}"
+    # Runs of before the warm-up have no decay of their own.
+    decay = state.get("encoder_ema_decay", config.encoder_ema)
+    if decay is None:
+        return f"the encoder's EMA, after {done}"
+    number = half_lives(decay, state["update"])
+    line = f"the encoder's EMA of decay {decay:.4g} after {done}: {number:.1f} half-lives"
+    if number < FEW:
+        line += (
+            f", so that {0.5**number:.0%} of it are what the run started from; --weights model "
+            "takes the encoder as trained"
+        )
+    return line
 
 
 def _check_sizes(
@@ -103,11 +161,11 @@ def _shape(weights: dict[str, Tensor], key: str, ndim: int, run: Path) -> torch.
     return weights[key].shape
 
 
-def run_encoder(config: Config, state: dict[str, Any]) -> Encoder:
+def run_encoder(config: Config, state: dict[str, Any], weights: Weights = "ema") -> Encoder:
     """The run's encoder in evaluation mode: its EMA where the run kept one, as published."""
     # Whatever torch's default dtype: the weights of the file are fp32.
     encoder = Encoder(config.encoder).float()
-    encoder.load_state_dict(encoder_weights(state))
+    encoder.load_state_dict(encoder_weights(state, weights))
     return encoder.to(resolve_device(config.device)).eval()
 
 
@@ -120,8 +178,13 @@ def run_pretrain_model(config: Config, state: dict[str, Any]) -> PretrainModel:
     return model.to(device).eval()
 
 
-def split_features(config: Config, split: Split, encoder: Encoder | None) -> Features:
-    """Features of the training or test images; raw pixels when `encoder` is None."""
+def split_features(
+    config: Config, split: Split, encoder: Encoder | None, *, title: str = ""
+) -> Extracted:
+    """Features of the training or test images; raw pixels when `encoder` is None.
+
+    `title` is that of the progress bar.
+    """
     source = build_source(config.data, config.encoder, split=split)
     batches = eval_batches(
         source,
@@ -131,13 +194,57 @@ def split_features(config: Config, split: Split, encoder: Encoder | None) -> Fea
         workers=config.data.workers,
         max_broken=config.data.max_broken,
     )
+    shown = progress(batches, f"{title} {split} images".strip(), total=len(batches))
     if encoder is None:
-        return raw_pixels(batches, mean=config.augment.mean, std=config.augment.std)
-    device = next(encoder.parameters()).device
-    return extract_features(
+        features = raw_pixels(shown, mean=config.augment.mean, std=config.augment.std)
+    else:
+        features = extract_features(
+            encoder,
+            shown,
+            pooling=config.head.pooling,
+            device=next(encoder.parameters()).device,
+            precision=config.precision,
+        )
+    return Extracted(features, source, batches.skipped)
+
+
+def view_features(
+    config: Config, encoder: Encoder, augment: AugmentConfig, *, seed: int, title: str = ""
+) -> Views:
+    """Features of two random views of the test images.
+
+    Args:
+        config: of the run; says which images, and how they are normalised.
+        encoder: the run's.
+        augment: how views are made, the same for all runs that are compared.
+        seed: of the views.
+        title: of the progress bar.
+    """
+    source = build_source(config.data, config.encoder, split="test")
+    own = config.augment
+    # Batches as equal as can be: a loader drops a tail.
+    count = -(-len(source) // EVAL_BATCH)
+    loader = Loader(
+        source,
+        dataclasses.replace(augment, views=augment.views[:2], mean=own.mean, std=own.std),
+        num_views=2,
+        batch_size=len(source) // count,
+        img_size=config.encoder.img_size,
+        seed=seed,
+        workers=config.data.workers,
+        max_broken=config.data.max_broken,
+    )
+    both = (
+        (batch.views.flatten(0, 1), batch.sample_id.repeat(2))
+        for batch in progress(loader.batches(0), f"{title} views".strip(), total=count)
+    )
+    found = extract_features(
         encoder,
-        batches,
+        both,
         pooling=config.head.pooling,
-        device=torch.device(device),
+        device=next(encoder.parameters()).device,
         precision=config.precision,
     )
+    x = found.x.view(count, 2, -1, found.x.shape[1])
+    ids = found.label.view(count, 2, -1)
+    return Views(x[:, 0].flatten(0, 1), x[:, 1].flatten(0, 1), ids[:, 0].flatten())

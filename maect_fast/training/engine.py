@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shutil
 import sys
 import time
@@ -65,7 +66,8 @@ def run_stage(
     capture: bool = True,
     restart: bool = False,
     change: Collection[str] = (),
-) -> bool:
+    recipe: str | None = None,
+) -> int:
     """Run `config.stage` in the run directory `out`; a directory with a run in it is continued.
 
     Writes config.yaml, metrics.jsonl, TensorBoard events and checkpoints/. The directory is this
@@ -81,9 +83,10 @@ def run_stage(
         change: settings, or groups of settings, in which `config` may differ from that of the run
             that is continued; "data.root" allows for other images.
         capture: on a GPU, one CUDA graph per update where that is possible; see `Update`.
+        recipe: what a new run's configuration was made from, for its record.
 
     Returns:
-        True when the run is finished, False when a signal stopped it after a save.
+        0 when the run is finished, the number of the signal when one stopped it after a save.
 
     Raises:
         ConfigError: settings that do not fit the data or the weights, or that differ from the run's
@@ -91,6 +94,7 @@ def run_stage(
         CheckpointError: a checkpoint that is damaged or does not fit.
         TrainingError: the loss is not finite.
     """
+    config = _with_whole_paths(config)
     if not is_utf8(out):
         raise ConfigError(f"--out: expected a path in UTF-8, got {printable(out)}")
     world = init_world(config.device)
@@ -98,7 +102,26 @@ def run_stage(
         world.watch.patience = config.rank_timeout
     with ExitStack() as held:
         on_first_rank(world, lambda: held.enter_context(run_directory(out, restart=restart)))
-        return _run(config, out, world, init=init, decoder=decoder, change=change, capture=capture)
+        return _run(
+            config,
+            out,
+            world,
+            init=init,
+            decoder=decoder,
+            change=change,
+            capture=capture,
+            recipe=recipe,
+        )
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """The configuration by which the run finds its images from any folder."""
+    data = config.data
+    root, test_root = (
+        None if path is None else os.path.abspath(path) for path in (data.root, data.test_root)
+    )
+    data = dataclasses.replace(data, root=root, test_root=test_root)
+    return dataclasses.replace(config, data=data)
 
 
 def _run(
@@ -110,7 +133,8 @@ def _run(
     decoder: Path | None,
     change: Collection[str],
     capture: bool,
-) -> bool:
+    recipe: str | None,
+) -> int:
     """`run_stage` in a directory that is ours."""
     profile = _profile(config, world, out)
     if config.threads is not None:
@@ -139,7 +163,7 @@ def _run(
     meter = Meter(config, world, left_out=() if has_labels else ("nn_accuracy",))
     if resumed is None:
         lines = start_weights(state, init=init, decoder=decoder)
-        record = on_first_rank(world, lambda: RunRecord.of(init, decoder, images))
+        record = on_first_rank(world, lambda: RunRecord.of(init, decoder, images, recipe))
     else:
         if resumed["total"] != total:
             raise ConfigError(
@@ -170,11 +194,11 @@ def _run(
         # From here on a directory with metrics has a checkpoint, and a disk that cannot take one is
         # found out before the first update.
         save(keep=False)
-    finished = _loop(state, loader, world, out, profile, meter, save, capture=capture)
+    stopped_by = _loop(state, loader, world, out, profile, meter, save, capture=capture)
     if loader.broken:
         count = len(loader.broken)
         print(f"rank {world.rank}: {count} unreadable images were replaced", file=sys.stderr)  # noqa: T201
-    return finished
+    return stopped_by
 
 
 def _loop(
@@ -187,8 +211,8 @@ def _loop(
     save: Callable[..., None],
     *,
     capture: bool,
-) -> bool:
-    """Train until the last update or a signal."""
+) -> int:
+    """Train until the last update, or a signal, whose number is returned."""
     config = state.config
     model: nn.Module = state.model
     if world.size > 1:
@@ -218,17 +242,19 @@ def _loop(
                         what = f"the loss is {metrics['loss']}"
                         raise TrainingError(not_finite(state, out, what))
                     log.write(metrics)
-                must_stop = is_due = False
+                stopped_by = is_due = 0
                 # Ranks agree on what a signal or the clock asks for, which costs a host sync:
                 # only where the metrics are read anyway, unless there is one rank.
                 if is_logged or world.size == 1:
-                    is_due = time.monotonic() - saved >= 60 * config.save_minutes
-                    must_stop, is_due = _agree([stop.is_set, is_due], world)
-                if must_stop or is_due or is_kept or is_last:
+                    is_due = int(time.monotonic() - saved >= 60 * config.save_minutes)
+                    stopped_by, is_due = _agree([stop.number, is_due], world)
+                if stopped_by or is_due or is_kept or is_last:
                     save(keep=is_kept and not is_last)
                     saved = time.monotonic()
-                if must_stop and not is_last:
-                    return False
+                if stopped_by and not is_last:
+                    # A rank that leaves makes its launcher end the others, of which one saves.
+                    _agree([stopped_by], world)
+                    return stopped_by
             if stop.ended_wait and world.size > 1:
                 raise TrainingError(
                     f"rank {world.rank} was stopped while it waited for images, where the others "
@@ -236,8 +262,8 @@ def _loop(
                 )
             if stop.ended_wait:
                 save(keep=False)
-                return False
-    return True
+                return stop.number
+    return 0
 
 
 def _save(
@@ -315,10 +341,11 @@ def _warnings(config: Config, loader: Loader) -> list[str]:
     return []
 
 
-def _agree(flags: list[bool], world: World) -> list[bool]:
-    """True where any rank says so."""
+def _agree(numbers: list[int], world: World) -> list[int]:
+    """The largest that any rank has of each."""
     if world.size == 1:
-        return flags
-    votes = torch.tensor(flags, dtype=torch.int32, device=world.device)
+        return numbers
+    votes = torch.tensor(numbers, dtype=torch.int32, device=world.device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
+    found: list[int] = votes.tolist()
+    return found

@@ -3,15 +3,18 @@
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from tqdm import tqdm
 
 from maect_fast.checkpoint import write_atomically
 
-__all__ = ["METRICS", "RunLog", "read_metrics"]
+__all__ = ["METRICS", "RunLog", "progress", "read_metrics"]
+
+T = TypeVar("T")
 
 METRICS = "metrics.jsonl"
 
@@ -42,6 +45,18 @@ def _parse(line: str) -> dict[str, float] | None:
         return None
     is_number = (type(value) in (int, float) for value in metrics.values())
     return metrics if all(is_number) else None
+
+
+def progress(items: Iterable[T], title: str, *, total: int) -> Iterator[T]:
+    """The items, with a bar on a terminal; elsewhere with a line whenever some seconds passed."""
+    bar = tqdm(items, desc=title, total=total, unit="batch", disable=None, leave=False)
+    last = began = time.monotonic()
+    for done, item in enumerate(bar):
+        now = time.monotonic()
+        if done and bar.disable and now - last >= SECONDS_BETWEEN_LINES:
+            last, left = now, (now - began) / done * (total - done)
+            print(f"{title}  {done}/{total}  ETA {left:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
+        yield item
 
 
 class RunLog:

@@ -250,13 +250,21 @@ class RunRecord:
     """The same of `--decoder`."""
     images: dict[str, Any] | None = None
     """Number and digest of the training images."""
+    recipe: str | None = None
+    """Its name, or the path of its file."""
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """In their order: update, setting, before, after."""
 
     @classmethod
-    def of(cls, init: Path | None, decoder: Path | None, images: dict[str, Any]) -> "RunRecord":
+    def of(
+        cls,
+        init: Path | None,
+        decoder: Path | None,
+        images: dict[str, Any],
+        recipe: str | None = None,
+    ) -> "RunRecord":
         """The record of a new run."""
-        return cls(_identity(init), _identity(decoder), images)
+        return cls(_identity(init), _identity(decoder), images, recipe)
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> "RunRecord":

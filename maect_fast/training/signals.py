@@ -31,7 +31,8 @@ class StopSignal:
 
     def __init__(self, *, patience: float = 0.0) -> None:
         self.patience = patience
-        self.is_set = False
+        self.number = 0
+        """Of the first signal that came, 0 while there is none."""
         self.ended_wait = False
         self._is_waiting = False
 
@@ -60,7 +61,7 @@ class StopSignal:
             try:
                 try:
                     self._is_waiting = True
-                    if self.is_set:
+                    if self.number:
                         self._hurry()
                     batch = next(iterator)
                 finally:
@@ -75,9 +76,9 @@ class StopSignal:
             yield batch
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.is_set = True
+        self.number = self.number or number
         if self._is_waiting:
             self._hurry()
 

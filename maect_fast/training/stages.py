@@ -27,7 +27,7 @@ from maect_fast.models.maect import (
 )
 from maect_fast.names import one_line, printable, shortened
 from maect_fast.training.distributed import World
-from maect_fast.training.ema import EncoderEma
+from maect_fast.training.ema import EncoderEma, ema_decay
 from maect_fast.training.optim import build_optimizer, param_groups
 from maect_fast.training.schedule import warmup_cosine
 
@@ -95,6 +95,9 @@ def load_state(run: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{printable(path)}: update {state['update']} of {state['total']} cannot be"
         )
+    decay = state.get("encoder_ema_decay")
+    if decay is not None and not (type(decay) is float and 0 <= decay < 1):
+        raise CheckpointError(f"{printable(path)}: encoder_ema_decay {shortened(decay)} cannot be")
     for key in ("model", "encoder_ema"):
         for name, value in (state[key] or {}).items():
             if type(name) is not str or not isinstance(value, Tensor):
@@ -134,6 +137,13 @@ class StageState:
         warmup = int(self.config.optim.warmup * self.total)
         return warmup_cosine(update, total=self.total, warmup=warmup)
 
+    @property
+    def _ema_decay(self) -> float | None:
+        """The encoder's EMA's, in the last update."""
+        if self.config.encoder_ema is None:
+            return None
+        return ema_decay(self.config.encoder_ema, update=max(1, self.update), total=self.total)
+
     def update_averages(self) -> None:
         """Both EMAs, after an optimiser step."""
         if isinstance(self.model, ContrastiveModel):
@@ -150,6 +160,7 @@ class StageState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "encoder_ema": None if self.encoder_ema is None else self.encoder_ema.state_dict(),
+            "encoder_ema_decay": self._ema_decay,
         }
 
     def load_state_dict(self, state: dict[str, Any], run: Path) -> None:
@@ -206,7 +217,9 @@ def build_stage(config: Config, world: World, *, total: int) -> StageState:
     scale = config.batch_size * config.num_views / 256
     groups = param_groups(model, config.optim, lr_scale=scale)
     optimizer = build_optimizer(groups, config.optim)
-    ema = None if config.encoder_ema is None else EncoderEma(model.encoder, config.encoder_ema)
+    ema = None
+    if config.encoder_ema is not None:
+        ema = EncoderEma(model.encoder, config.encoder_ema, total=total)
     return StageState(config, model, optimizer, ema, total)
 
 

@@ -1,8 +1,9 @@
 """One update of a stage: forward, backward, optimiser, EMAs; on a GPU one CUDA graph.
 
 What differs from one update to the next lies on the device: the batch, the update's number, which
-keys masks and neighbour picks, and the learning rates. All else of an update is the same launches
-with the same arguments: they are captured once and launched again together, to the same bits.
+keys masks and neighbour picks, the learning rates and the EMA's weight. All else of an update is
+the same launches with the same arguments: they are captured once and launched again together, to
+the same bits.
 """
 
 import sys
@@ -88,9 +89,11 @@ class Update:
         Returns:
             What the model gave, detached; the next call may overwrite it.
         """
-        # As numbers in the launches of two fills: a copy would wait for the host's memory.
+        # As numbers in the launches of fills: a copy would wait for the host's memory.
         self._step.fill_(self.state.update)
         self._factor.fill_(self.state.lr_factor(self.state.update))
+        if self.state.encoder_ema is not None:
+            self.state.encoder_ema.weigh(self.state.update + 1)
         if self._stream is None:
             outputs = self._launch(batch)
         elif self._captured is not None:

@@ -344,7 +344,7 @@ def test_evaluation_shows_every_image_in_order(source: FolderSource | TensorSour
     images = torch.cat([images for images, _ in shown])
     assert images.shape == (len(source), 3, 16, 16)
     assert images.dtype == torch.float32
-    assert batches.skipped == []
+    assert batches.skipped == {}
     # A second pass shows the same.
     assert torch.equal(torch.cat([images for images, _ in batches]), images)
 
@@ -381,7 +381,7 @@ def test_evaluation_leaves_broken_files_out(
     shown = list(batches)
     # 10 and 11 made one batch, of which nothing is left.
     assert [len(images) for images, _ in shown] == [1, 2, 2, 2, 2]
-    assert batches.skipped == [1, 10, 11]
+    assert list(batches.skipped) == [1, 10, 11]
     left = [i for i in range(12) if i not in batches.skipped]
     assert torch.equal(torch.cat([labels for _, labels in shown]), source.labels[left])
     assert [message[:11] for message in caplog.messages] == ["skipped 1 (", "skipped 2 ("]

@@ -1,6 +1,6 @@
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from maect_fast.evaluation import (
     raw_pixels,
     save_features,
 )
-from maect_fast.evaluation.features import cls_attention, concatenate
+from maect_fast.evaluation.features import concatenate, pooled_attention
 from maect_fast.models.encoder import Encoder
 from maect_fast.nn import FusedAttention, unfuse
 
@@ -181,23 +181,29 @@ def attention_of_timm(encoder: Encoder, images: Tensor) -> Tensor:
     return weights[0]
 
 
-def test_cls_attention_is_what_timm_computes(encoder: Encoder) -> None:
+@pytest.mark.parametrize("pooling", ["class_token", "mean_patch"])
+def test_attention_of_what_is_pooled_is_what_timm_computes(
+    encoder: Encoder, pooling: Literal["class_token", "mean_patch"]
+) -> None:
     images = 5 * some_batches()[0][0]
-    expected = attention_of_timm(encoder, images)[:, :, 0, 1:]
+    weights = attention_of_timm(encoder, images)
+    queries = weights[:, :, :1] if pooling == "class_token" else weights[:, :, 1:]
+    expected = queries[..., 1:].mean(dim=2)
     encoder.train()
-    found = cls_attention(encoder, images)
+    found = pooled_attention(encoder, images, pooling)
     assert found.shape == (3, 2, 4, 4)
     torch.testing.assert_close(found.flatten(2), expected)
     assert encoder.training
     assert not last_attention(encoder)._forward_pre_hooks
 
 
-def test_cls_attention_of_an_encoder_that_is_not_fused(encoder: Encoder) -> None:
+def test_attention_of_an_encoder_that_is_not_fused(encoder: Encoder) -> None:
     """A fused one's attention module never holds the weights; it makes no difference."""
     images = 5 * some_batches()[0][0]
-    expected = cls_attention(encoder, images)
+    expected = pooled_attention(encoder, images, "class_token")
     assert isinstance(last_attention(encoder), FusedAttention)
-    torch.testing.assert_close(cls_attention(unfuse(encoder), images), expected)
+    found = pooled_attention(unfuse(encoder), images, "class_token")
+    torch.testing.assert_close(found, expected)
 
 
 def test_extraction_computes_of_the_last_block_what_it_uses(encoder: Encoder) -> None:

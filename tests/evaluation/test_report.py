@@ -90,11 +90,11 @@ def shown_by(ax: Axes) -> npt.NDArray[np.float64]:
 
 def test_table() -> None:
     assert format_table(ROWS).split("\n") == [
-        "|              |  k-NN |  k-means ACC | seconds |",
-        "| ------------ | ----: | -----------: | ------: |",
-        "| raw <pixels> | 0.980 | 0.790 ±0.031 |   0.000 |",
-        "| MAE-CT       | 0.987 |        0.931 | 190.000 |",
-        "| no labels    |     - |            - |       - |",
+        "|              |   k-NN |   k-means ACC, mean |   seconds |",
+        "|:-------------|-------:|--------------------:|----------:|",
+        "| raw <pixels> |  0.980 |        0.790 ±0.031 |     0.000 |",
+        "| MAE-CT       |  0.987 |               0.931 |   190.000 |",
+        "| no labels    |      - |                   - |         - |",
     ]
 
 
@@ -102,13 +102,22 @@ def test_report_files(tmp_path: Path) -> None:
     out = tmp_path / "run" / "report"
     figures = {"Training": small_figure(), "t-SNE: before & after": small_figure()}
     path = write_report(
-        out, title="Digits & <more>", tables={"Test": ROWS}, figures=figures, notes=["a < b"]
+        out,
+        title="Digits & <more>",
+        tables={"Test": ROWS},
+        figures=figures,
+        notes=["a < b"],
+        about={"command": "evaluate <run>", "date": "today"},
     )
     assert path == out / "report.html"
 
     content = json.loads((out / "report.json").read_text())
     assert content["tables"] == {"Test": ROWS}
     assert content["notes"] == ["a < b"]
+    assert content["about"] == {"command": "evaluate <run>", "date": "today"}
+    # A sentence for each column that is known, and for no other.
+    assert list(content["columns"]) == ["k-NN", "k-means ACC, mean"]
+    assert all(meaning.endswith(".") for meaning in content["columns"].values())
     files = content["figures"]
     assert files == {
         "Training": "figures/training.png",
@@ -125,6 +134,9 @@ def test_report_files(tmp_path: Path) -> None:
     for png in page.pictures.values():
         assert imread(io.BytesIO(png)).std() > 0.02
     assert {"Digits & <more>", "raw <pixels>", "a < b", "0.790", "±0.031"} <= set(page.texts)
+    told = {"evaluate <run>", "date", *content["columns"].values()}
+    assert told <= set(page.texts)
+    assert "* **command**: evaluate \\<run\\>" in markdown
     # The best of each metric, and of those only: 190 seconds are no achievement.
     assert page.bold == ["0.987", "0.931"]
     # One file that needs nothing else, legible on a phone.
@@ -165,6 +177,7 @@ def test_names_are_data_in_every_report(tmp_path: Path) -> None:
     plain = Page(write_report(tmp_path / "x", title="t", tables={}, figures={}).read_text())
     assert set(page.tags) - set(plain.tags) == {
         *("h2", "div", "table", "thead", "tr", "th", "tbody", "td", "strong", "figure", "img"),
+        *("dl", "dt", "dd"),
     }
     assert page.attributes <= {"lang", "charset", "name", "content", "class", "alt", "src"}
     for name in ODD_NAMES:
@@ -173,7 +186,7 @@ def test_names_are_data_in_every_report(tmp_path: Path) -> None:
     markdown = (tmp_path / "report.md").read_bytes().decode()
     lines = markdown.split("\n")
     assert [line[:2] for line in lines].count("# ") == 1
-    table = [line for line in lines if line.startswith("| ")]
+    table = [line for line in lines if line.startswith("|")]
     assert len(table) == len(ODD_NAMES) * (len(ODD_NAMES) + 2)
     for line in table:
         assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3
@@ -187,7 +200,9 @@ def test_names_are_data_in_every_figure(recwarn: pytest.WarningsRecorder) -> Non
     label = torch.arange(n).repeat_interleave(3)
     some = Features(x=torch.eye(n)[label] + 0.01 * torch.randn(3 * n, n), label=label)
     titles_given = {name: lines(2) for name in ODD_NAMES}
-    tsne = plot_tsne(dict.fromkeys(ODD_NAMES[:4], some), class_names=ODD_NAMES)
+    tsne = plot_tsne(
+        dict.fromkeys(ODD_NAMES[:4], some), label, group_names=ODD_NAMES, coloured_by="$"
+    )
     for figure in (
         plot_curves(titles_given),
         tsne,
@@ -242,7 +257,8 @@ def test_tsne_shows_the_same_images_in_every_panel(blobs: tuple[Features, Featur
     before = blobs[0]
     after = Features(x=before.x + 4 * torch.eye(16)[before.label], label=before.label)
     panels = {"before": before, "after": after}
-    figure = plot_tsne(panels, class_names=["a", "b", "c"], max_points=90)
+    label = before.label
+    figure = plot_tsne(panels, label, group_names=["a", "b", "c"], max_points=90)
     assert titles(figure.axes) == ["before", "after"]
     sizes = [
         [len(np.asarray(group.get_offsets())) for group in ax.collections] for ax in figure.axes
@@ -257,7 +273,7 @@ def test_tsne_shows_the_same_images_in_every_panel(blobs: tuple[Features, Featur
     for own, group in enumerate(groups):
         nearest = np.linalg.norm(group[:, None] - centres, axis=2).argmin(axis=1)
         assert (nearest == own).mean() > 0.9
-    again = plot_tsne(panels, max_points=90)
+    again = plot_tsne(panels, label, max_points=90)
     for one, two in zip(figure.axes, again.axes, strict=True):
         for left, right in zip(one.collections, two.collections, strict=True):
             assert np.array_equal(left.get_offsets(), right.get_offsets())
@@ -265,13 +281,14 @@ def test_tsne_shows_the_same_images_in_every_panel(blobs: tuple[Features, Featur
 
 def test_tsne_without_labels() -> None:
     unknown = Features(x=torch.randn(8, 4), label=torch.full((8,), -1))
-    figure = plot_tsne({"only": unknown})
+    figure = plot_tsne({"only": unknown}, unknown.label)
     assert len(figure.axes[0].collections) == 1
     assert figure.legends == []
+    three, seven = (Features(x=unknown.x[:n], label=unknown.label[:n]) for n in (3, 7))
     with pytest.raises(ValueError, match="at least 4 images, got 3"):
-        plot_tsne({"only": Features(x=unknown.x[:3], label=unknown.label[:3])})
+        plot_tsne({"only": three}, three.label)
     with pytest.raises(ValueError, match=r"the same images, got \[8, 7\]"):
-        plot_tsne({"a": unknown, "b": Features(x=unknown.x[:7], label=unknown.label[:7])})
+        plot_tsne({"a": unknown, "b": seven}, unknown.label)
 
 
 def test_confusion_lines_clusters_up_with_classes() -> None:
@@ -284,7 +301,11 @@ def test_confusion_lines_clusters_up_with_classes() -> None:
     np.testing.assert_allclose(shares, np.array([[1, 0, 0], [0, 0.8, 0.2], [0, 0, 1]]))
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["cat", "dog", "2"]
     assert [text.get_text() for text in ax.texts] == ["4", "4", "1", "3"]
-    assert figure.get_suptitle() == "k-means: 91.7% of 12 images on the diagonal"
+    # Clusters have the names of their classes.
+    named = [tick.get_text() for tick in ax.get_xticklabels()]
+    assert [name.split(" (")[0] for name in named] == ["cat", "dog", "2"]
+    assert {name.split(" (")[1] for name in named} == {"0)", "1)", "2)"}
+    assert figure.get_suptitle().startswith("k-means: 91.7% of 12 images on the diagonal")
     drawn(figure)
     with pytest.raises(ValueError, match="at least one labelled image"):
         plot_confusion(Features(x=some.x, label=torch.full_like(label, -1)))
@@ -293,7 +314,16 @@ def test_confusion_lines_clusters_up_with_classes() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_reconstructions_and_attention(channels: int) -> None:
     images = np.random.default_rng(0).random((2, 8, 8, channels))
-    figure = plot_reconstructions(images, images * 0.5, 1.5 * images)
+    figure = plot_reconstructions(
+        images,
+        images * 0.5,
+        1.5 * images,
+        titles=["cat", "dog"],
+        mask_ratio=0.75,
+        is_normalised=True,
+    )
+    assert figure.get_suptitle().startswith("75% of the patches are removed")
+    assert titles(figure.axes) == ["cat", "dog"]
     assert len(figure.axes) == 6
     shown = [shown_by(ax).reshape(8, 8, -1) for ax in figure.axes]
     for column in range(2):
@@ -303,7 +333,10 @@ def test_reconstructions_and_attention(channels: int) -> None:
     drawn(figure)
 
     attention = torch.rand(2, 9, 4, 4)
-    figure = plot_attention(images, attention)
+    figure = plot_attention(images, attention, pooling="mean_patch", titles=["cat", "dog"])
+    assert figure.get_suptitle().startswith("Attention of the patches, whose mean is the feature")
+    # The scale of each map is below it.
+    assert figure.axes[1].get_xlabel() == f"{attention[0].mean(dim=0).max():.1%}"
     assert titles(figure.axes) == ["image", "mean", *(f"head {i}" for i in range(6))]
     second_row = [shown_by(ax) for ax in figure.axes[8:]]
     np.testing.assert_allclose(second_row[1], attention[1].mean(dim=0).numpy(), rtol=1e-6)
@@ -314,6 +347,8 @@ def test_reconstructions_and_attention(channels: int) -> None:
 def test_pictures_that_do_not_fit() -> None:
     images = np.zeros((2, 8, 8, 1))
     with pytest.raises(ValueError, match=r"one shape, got \[\[2, 8, 8, 1\], \[2, 8, 8, 1\], \[1, "):
-        plot_reconstructions(images, images, images[:1])
+        plot_reconstructions(
+            images, images, images[:1], titles=[], mask_ratio=0.5, is_normalised=False
+        )
     with pytest.raises(ValueError, match="maps of 2 images, got 3"):
-        plot_attention(images, torch.rand(3, 2, 4, 4))
+        plot_attention(images, torch.rand(3, 2, 4, 4), pooling="class_token", titles=[])

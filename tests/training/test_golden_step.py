@@ -63,7 +63,7 @@ stage: tune
 head: {topk: 5, target_ema: 0.99, pooling: class_token}
 optim: {layer_decay: 0.65}
 frozen_blocks: 2
-encoder_ema: 0.9
+encoder_ema: 0.75
 """
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from maect_fast.checkpoint import load_checkpoint
 from maect_fast.config import ConfigError, Stage
 from maect_fast.training.ranks import Place, Seen, Sign, read_place, verdict
+from maect_fast.training.stages import last_checkpoint
 
 PATIENCE = 4.0
 HOST = socket.gethostname()
@@ -105,6 +107,19 @@ def is_gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+def test_a_stopped_run_is_saved_and_no_success(
+    recipes: dict[Stage, Path], tmp_path: Path, launch: Callable[..., Run]
+) -> None:
+    """A signal to one rank ends both, after the first has saved."""
+    out = tmp_path / "run"
+    run = launch(endless(recipes["pretrain"], out))
+    os.kill(run.pids()[1], signal.SIGTERM)
+    _, _, text = run.end()
+    assert text.count("stopped by SIGTERM and saved; the same command continues") == 1
+    assert "exitcode  : 143" in text
+    assert load_checkpoint(last_checkpoint(out))["update"] >= 20
 
 
 @pytest.mark.parametrize(

@@ -105,17 +105,19 @@ def test_a_killed_run_continues_bit_identically(
     assert updates[-1] == TOTAL
 
 
-def test_sigterm_saves_and_exits_cleanly(
-    recipes: dict[Stage, Path], head: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_is_the_exit_code(
+    recipes: dict[Stage, Path], head: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
+    """A scheduler must not take a stopped run for a finished one."""
     out = tmp_path / "stopped"
     arguments = tune(recipes["tune"], head, out, "epochs=400", "save_minutes=0")
     process = start(arguments)
     wait_for_update(out, 3, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
-    assert "the same command continues" in told
+    assert process.returncode == 128 + number, told
+    assert f"stopped by {number.name} and saved; the same command continues" in told
     assert 3 <= load_checkpoint(last_checkpoint(out))["update"] < 1600
 
 
@@ -134,7 +136,9 @@ def test_resume_in_process_at_every_position(
 
     monkeypatch.setattr(Update, "__call__", update_then_term)
     for done in range(1, TOTAL + 1):
-        assert main(tune(recipes["tune"], head, parts)) == 0
+        # The last update finishes the run, whoever asks for its end.
+        code = 0 if done == TOTAL else 128 + signal.SIGTERM
+        assert main(tune(recipes["tune"], head, parts)) == code
         assert load_checkpoint(last_checkpoint(parts))["update"] == done
     assert_same_run(whole, parts)
 

@@ -123,6 +123,8 @@ def with_numbers(state: StageState) -> Callable[[Batch], dict[str, Tensor]]:
             group["lr"] = group["base_lr"] * state.lr_factor(state.update)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        if state.encoder_ema is not None:
+            state.encoder_ema.weigh(state.update + 1)
         state.update_averages()
         state.update += 1
         return {name: x.detach() for name, x in outputs.items()}
