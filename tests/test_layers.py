@@ -36,7 +36,7 @@ RANK |= {
     "triton_exact": 3,
     "triton_rank": 4,
 }
-RANK |= {"triton_rows": 1, "triton_forward": 2, "triton_backward": 2}
+RANK |= {"triton_rows": 1, "triton_forward": 2, "triton_backward": 2, "triton_table": 2}
 RANK |= {"gluon_rows": 2, "gluon_forward": 3, "gluon_backward": 3}
 ALLOWED_OUTSIDE = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
 TRITON_FILES = {name for name in RANK if name.startswith(("triton_", "gluon_"))}

@@ -17,12 +17,9 @@ from maect_fast.kernels._common.launch import Launch, LaunchRow, Limits, fitting
 from maect_fast.kernels._common.plan import launch
 from maect_fast.kernels.masked_attention.gluon_backward import gluon_bwd_kernel
 from maect_fast.kernels.masked_attention.gluon_forward import gluon_fwd_kernel
-from maect_fast.kernels.masked_attention.triton_kernel import (
-    empty_rows,
-    launch_modes,
-    num_keys,
-)
+from maect_fast.kernels.masked_attention.triton_kernel import empty_rows, launch_modes
 from maect_fast.kernels.masked_attention.triton_rows import padded_dim
+from maect_fast.kernels.masked_attention.triton_table import num_keys
 
 __all__ = ["ARCHS", "backward", "forward", "machine_code"]
 
