@@ -554,7 +554,7 @@ def meet(where: str, path: Path) -> list[str]:
         command = ["prepare-head", "--recipe", "digits", "--init", str(path), "--out", str(out)]
         command += ["threads=1", "device=cpu"]
     else:
-        command = ["extract", str(path), "--out", str(out), "device=cpu"]
+        command = ["extract", str(path), "--out", f"{out}.npy", "device=cpu"]
     with contextlib.redirect_stderr(io.StringIO()) as said:
         code = main(command)
     assert code == 2

@@ -157,6 +157,10 @@ def test_code_that_old_cpus_lack_is_chosen_at_run_time(tmp_path: Path, flags: li
     assert all(": expected code for every x86-64 CPU, found " in line for line in found)
 
 
+# One worker builds the library, once.
+pytestmark = pytest.mark.xdist_group("library")
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a build with the installed library's options, and what the compiler said."""
