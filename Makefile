@@ -67,7 +67,7 @@ fmt: install ## rewrite the sources in the project's style
 bench: install ## time every op beside its peers, into benchmarks/results; OP=name for one
 	$(BIN)/maect-fast bench --out benchmarks/results $(if $(OP),--op $(OP))
 
-gpu: install ## on a GPU: check, benchmarks, whole updates, tests, trace, in six minutes; OUT=folder
+gpu: install ## on a GPU: check, benchmarks, whole updates, tests, trace, in seven minutes; OUT=folder
 	PYTHON=$(CURDIR)/$(BIN)/python bash benchmarks/gpu.sh
 
 machine-code: install ## check machine code: Triton kernels for sm_80 and sm_90, the C++ library
