@@ -14,6 +14,7 @@ from typing import Any
 from maect_fast import __version__
 from maect_fast.config import ConfigError, Stage, load_config, load_recipe
 from maect_fast.errors import Parser, explain
+from maect_fast.settings import describe_settings
 
 __all__ = ["main"]
 
@@ -133,7 +134,13 @@ def _parser() -> argparse.ArgumentParser:
         ("prepare-head", "stage 2: train the head, fill the queue, encoder frozen"),
         ("tune", "stage 3: tune the upper blocks by contrast with neighbours"),
     ):
-        train = commands.add_parser(stage, help=help_text)
+        train = commands.add_parser(
+            stage,
+            help=help_text,
+            usage=f"maect-fast {stage} --out RUN [OPTION ...] [KEY=VALUE ...]",
+            epilog=describe_settings(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         train.add_argument(
             "--recipe",
             metavar="NAME",

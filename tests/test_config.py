@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from maect_fast.cli import main
 from maect_fast.config import Config, ConfigError, _numbers, load_config, load_recipe, save_config
+from maect_fast.settings import list_settings
 
 # Every setting that may be absent is there.
 FULL = load_config(
@@ -109,3 +111,31 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.yaml")
     assert load_config(load_recipe(str(tmp_path / "config.yaml"), "tune")) == config
     assert config != Config()
+
+
+def test_every_setting_is_described_as_it_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = list(list_settings())
+    assert {setting.key for setting in settings} | {"stage"} == set(settings_of(Config()))
+    typed = [f"{setting.key}={setting.default}" for setting in settings]
+    assert load_config(overrides=typed) == Config()
+    assert all(setting.meaning.endswith(".") for setting in settings)
+    by_key = {setting.key: setting for setting in settings}
+    assert by_key["optim.betas"].values == "2 of: number in [0, 1)"
+    assert by_key["chunk_size"].values == "integer in [0, 16777216] | none"
+    assert by_key["head.pooling"].values == "class_token | mean_patch"
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    printed = capsys.readouterr().out
+    assert all(
+        f"  {one}    {setting.values}" in printed
+        for one, setting in zip(typed, settings, strict=True)
+    )
+
+
+def settings_of(node: Any, key: str = "") -> list[str]:
+    """Dotted keys of what is set as a whole."""
+    if not dataclasses.is_dataclass(node):
+        return [key]
+    names = (field.name for field in dataclasses.fields(node))
+    parts = ((f"{key}.{name}".removeprefix("."), getattr(node, name)) for name in names)
+    return [k for name, part in parts for k in settings_of(part, name)]
