@@ -14,6 +14,7 @@ from typing import Any
 from maect_fast import __version__
 from maect_fast.config import ConfigError, Stage, load_config, load_recipe
 from maect_fast.errors import Parser, explain
+from maect_fast.names import printable
 from maect_fast.settings import describe_settings
 
 __all__ = ["main"]
@@ -34,6 +35,7 @@ with another setting, --restart starts it anew.
 
 # As shells have it, and schedulers that tell a stopped job from a finished one.
 SIGNALLED = 128
+ENCODER = "a run directory, a file with an encoder's weights, or timm:NAME for timm's weights"
 REPORT = "these lines, the command and what `maect-fast doctor` prints"
 
 
@@ -202,9 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     evaluate = commands.add_parser(
-        "evaluate", help="k-NN, linear probe, low-shot and clustering of runs, with a report"
+        "evaluate", help="k-NN, linear probe, low-shot and clustering of encoders, with a report"
     )
-    evaluate.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    evaluate.add_argument("encoders", nargs="+", metavar="RUN", help=f"each {ENCODER}")
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="default: report/ in the last run directory"
     )
@@ -226,8 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_evaluate)
 
-    extract = commands.add_parser("extract", help="write a run's features to a file")
-    extract.add_argument("run_directory", type=Path, metavar="RUN")
+    extract = commands.add_parser("extract", help="write an encoder's features to a file")
+    extract.add_argument("encoder", metavar="RUN", help=ENCODER)
     extract.add_argument(
         "--out",
         type=Path,
@@ -243,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
             "--weights",
             choices=("ema", "model"),
             default="ema",
-            help="the encoder's EMA where the run kept one (default), or the encoder as trained",
+            help="of runs: the encoder's EMA where one was kept (default), or it as trained",
         )
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which backends work")
@@ -349,21 +351,25 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from maect_fast.evaluation import METHODS
-    from maect_fast.evaluation.compare import compare_runs
+    from maect_fast.evaluation.compare import compare
+    from maect_fast.evaluation.encoders import is_run
 
     # argparse hands `RUN key=value` and `--methods knn key=value` to their lists as they stand.
-    words = [*options.runs, *options.methods]
+    words = [*options.encoders, *options.methods]
     overrides = [word for word in words if "=" in word] + options.overrides
-    runs = [Path(word) for word in options.runs if "=" not in word]
+    encoders = [word for word in options.encoders if "=" not in word]
     methods = [word for word in options.methods if "=" not in word] or METHODS
     for method in methods:
         if method not in METHODS:
             raise ConfigError(f"--methods: expected some of {', '.join(METHODS)}, got {method}")
-    if not runs:
-        raise ConfigError("RUN: expected at least one run directory")
+    if not encoders:
+        raise ConfigError(f"RUN: expected at least one, {ENCODER}")
+    runs = [Path(word) for word in encoders if is_run(word)]
+    if not options.out and not runs:
+        raise ConfigError("--out: expected a folder, as there is no run to put the report into")
     out = options.out or runs[-1] / "report"
-    told = compare_runs(
-        runs,
+    told = compare(
+        encoders,
         out,
         methods=methods,
         seed=options.seed,
@@ -377,25 +383,21 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _extract(options: argparse.Namespace) -> int:
+    from maect_fast.evaluation.encoders import check_encoder, open_encoder
     from maect_fast.evaluation.feature_file import check_suffix, write_features
-    from maect_fast.evaluation.runs import (
-        check_run,
-        load_run,
-        run_encoder,
-        split_features,
-        weights_line,
-    )
+    from maect_fast.evaluation.runs import split_features
     from maect_fast.training.run_directory import check_writable
 
-    run, weights = options.run_directory, options.weights
-    check_run(run, options.overrides, options.split)
+    word: str = options.encoder
+    check_encoder(word, options.overrides, options.split)
     check_writable(options.out, folder=False)
     check_suffix(options.out)
-    config, state = load_run(run, options.overrides, weights=weights)
-    encoder = run_encoder(config, state, weights)
-    extracted = split_features(config, options.split, encoder, title=run.name)
+    opened = open_encoder(word, options.overrides, weights=options.weights)
+    config = opened.config
+    title = Path(word).name
+    extracted = split_features(config, options.split, opened.encoder, title=title)
     written = write_features(extracted, options.out)
-    print(f"{run}: {weights_line(config, state, weights)}")
+    print(f"{printable(word)}: {opened.weights}")
     number, width = extracted.features.x.shape
     left_out = f", {len(extracted.missing)} images missing" if extracted.missing else ""
     names = ", ".join(map(str, written))

@@ -19,16 +19,16 @@ from maect_fast.evaluation.compare import (
     Measured,
     Subject,
     about_report,
-    describe_run,
+    describe,
     draw,
     measure,
 )
+from maect_fast.evaluation.encoders import open_encoder
 from maect_fast.evaluation.report import format_table, write_report
 from maect_fast.evaluation.runs import (
     load_run,
     run_encoder,
     run_pretrain_model,
-    weights_line,
 )
 from maect_fast.models.encoder import Encoder
 from maect_fast.training.engine import run_stage
@@ -73,9 +73,7 @@ def run_demo(out: Path, *, seeds: Sequence[int], control: bool) -> int:
             pretrained = run_pretrain_model(*load_run(folder / "mae"))
             figures = draw(metrics, trained, measured, pretrained=pretrained, seed=seed)
             for name, run in (("MAE", folder / "mae"), ("MAE-CT", folder / "mae-ct")):
-                config, state = load_run(run)
-                weights = weights_line(config, state)
-                about[name] = describe_run(run, config, state, weights, measured[name])
+                about[name] = describe(open_encoder(str(run)), measured[name])
     if len(seeds) > 1:
         tables = {f"Mean of {len(seeds)} seeds": _mean(tables), **tables}
     minutes = (time.monotonic() - began) / 60

@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from pyarrow import csv, parquet
@@ -216,7 +218,65 @@ def test_runs_of_one_name_are_all_evaluated(
     assert "Reconstructions" not in report["figures"]
     capsys.readouterr()
     told = error_of(capsys, "evaluate", str(first), str(first), test)
-    assert "expected different run directories" in told
+    assert "expected different runs, files or models" in told
+
+
+def test_baselines_beside_a_run(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file of the run's own encoder gives the run's figures; nothing is fetched of timm's."""
+    run, file, weights = tmp_path / "vit", tmp_path / "a" / "vit", tmp_path / "timm.pth"
+    roots = [f"data.root={images}", f"data.test_root={images}", "data.workers=0", "device=cpu"]
+    command = ["pretrain", "--recipe", "b16", "--out", str(run), *roots, *SMALL, "epochs=1"]
+    assert main(command) == 0
+    file.parent.mkdir()
+    file.write_bytes((run / "checkpoints" / "last.pt").read_bytes())
+    torch.save(timm.create_model("test_vit", pretrained=False, num_classes=0).state_dict(), weights)
+    local = functools.partial(timm.create_model, pretrained_cfg_overlay={"file": str(weights)})
+    monkeypatch.setattr(timm, "create_model", local)
+
+    encoders = (str(run), str(file), "timm:test_vit")
+    # A run's own number of heads is 2 as well.
+    assert main(["evaluate", *encoders, *roots, "encoder.num_heads=2"]) == 2
+    assert "encoder.num_heads: timm:test_vit has its own" in capsys.readouterr().err
+    same = ["encoder.num_heads=2", "head.pooling=class_token"]
+    assert main(["evaluate", *encoders[:2], *roots, *same]) == 0
+    report = json.loads((run / "report" / "report.json").read_text())
+    rows = report["tables"]["Metrics"]
+    assert list(rows) == [f"{run} (pretrain)", f"{file} (file)"]
+    assert len({json.dumps(row) for row in rows.values()}) == 1
+
+    assert main(["evaluate", encoders[0], encoders[2], *roots]) == 0
+    assert "test_vit (timm): pretrained weights r160_in1k" in capsys.readouterr().out
+    report = json.loads((run / "report" / "report.json").read_text())
+    rows = report["tables"]["Metrics"]
+    assert list(rows) == ["vit (pretrain)", "test_vit (timm)"]
+    assert set(rows["test_vit (timm)"]) == set(rows["vit (pretrain)"])
+    # The decoder is the run's, and the images timm's.
+    assert list(report["figures"]) == ["Training", "t-SNE of the test images", "Attention"]
+    told = report["about"]["test_vit (timm)"]
+    assert told.startswith(f"timm:test_vit, of timm {timm.__version__}; pretrained weights r160")
+    assert (
+        "160 x 160 pixels, mean 0.5 0.5 0.5, deviation 0.5 0.5 0.5; class_token pooling; "
+        f"24 training and 24 test images of {images}"
+    ) in told
+
+    told = error_of(capsys, "evaluate", "timm:test_vit", *roots)
+    assert "--out: expected a folder, as there is no run" in told
+    out = tmp_path / "report"
+    assert main(["evaluate", "timm:test_vit", "--out", str(out), *roots]) == 0
+    assert "Training" not in json.loads((out / "report.json").read_text())["figures"]
+
+    features = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for word, path in zip(encoders, features, strict=True):
+        more = [] if word == "timm:test_vit" else same
+        assert main(["extract", word, "--out", str(path), *roots, *more]) == 0
+    x = [load_features(path).x for path in features]
+    assert torch.equal(x[0], x[1])
+    assert x[2].shape == (24, 64)
 
 
 def test_evaluating_too_few_labelled_images_is_one_line(
@@ -273,7 +333,7 @@ def test_mistakes_are_one_line(
         capsys, *pretrain, root, *SMALL, "encoder.name=vit_enormous"
     )
     assert not (tmp_path / "run").exists()
-    assert "no such checkpoint" in error_of(capsys, "evaluate", out)
+    assert "no run directory with a checkpoint" in error_of(capsys, "evaluate", out)
     assert "no such checkpoint" in error_of(
         capsys, *tune, root, *SMALL, *HEAD, "frozen_blocks=1", "--init", str(images)
     )
@@ -340,8 +400,7 @@ def test_outputs_and_images_are_looked_at_first(
     command = ["pretrain", "--recipe", "b16", "--out", out, f"data.root={images}", *SMALL]
     assert main([*command, "epochs=1"]) == 0
     file.write_text("")
-    monkeypatch.setattr("maect_fast.evaluation.runs.load_run", None)
-    monkeypatch.setattr("maect_fast.evaluation.compare.load_run", None)
+    monkeypatch.setattr("maect_fast.evaluation.encoders.load_run", None)
     capsys.readouterr()
     test = f"data.test_root={images}"
     assert "data.test_root: expected a folder" in error_of(capsys, "evaluate", out)

@@ -277,6 +277,17 @@ plan --recipe l16 batch_size=0 | batch_size
 evaluate | RUN
 evaluate {out} | checkpoint
 evaluate {bad} | checkpoint
+evaluate {run} {out} | checkpoint
+evaluate {run} vit_tiny_patch16_224 | timm:NAME
+evaluate {run} {file} | file.txt
+evaluate {run} timm:vit_nope | timm:vit_nope
+evaluate {run} timm:resnet50 | timm:resnet50
+evaluate {run} timm:vit_tiny_patch16_224.none | pretrained weights
+evaluate timm:vit_tiny_patch16_224 | --out
+evaluate timm:vit_tiny_patch16_224 timm:vit_tiny_patch16_224 --out {out} | RUN
+evaluate timm:vit_tiny_patch16_224 --out {out} | data.root
+evaluate timm:vit_tiny_patch16_224 --out {out} encoder.depth=2 | encoder.depth
+evaluate timm:vit_tiny_patch16_224 --out {out} encoder.img_size=100 | encoder.img_size
 evaluate {run} {run} | RUN
 evaluate x=1 | RUN
 evaluate {run} --methods svm | --methods
@@ -290,6 +301,8 @@ evaluate {run} --out {file} | file.txt
 evaluate {run} data.test_root=/nowhere data.source=folder | data.
 extract {run} | --out
 extract {out} --out {out}.safetensors | checkpoint
+extract {file} --out {out}/x.csv | file.txt
+extract timm:vit_nope --out {out}/x.csv | timm:vit_nope
 extract {run} --out {out}/x.safetensors --split all | --split
 extract {run} --out {file}/x.safetensors | file.txt
 extract {run} --out {bad} | bad

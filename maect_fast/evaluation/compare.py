@@ -1,4 +1,4 @@
-"""Runs side by side: one table, one report."""
+"""Encoders side by side: one table, one report."""
 
 import os
 import time
@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from maect_fast.config import AugmentConfig, Config, ConfigError
 from maect_fast.data import build_source, eval_batches, told_once
 from maect_fast.evaluation import METHODS, NUM_CLUSTERS, Method, evaluate_features, no_labels
 from maect_fast.evaluation.clustering import kmeans
+from maect_fast.evaluation.encoders import TIMM, Opened, check_encoder, is_run, open_encoder
 from maect_fast.evaluation.features import concatenate, pooled_attention
 from maect_fast.evaluation.figures import (
     plot_attention,
@@ -30,22 +30,17 @@ from maect_fast.evaluation.report import format_table, write_report
 from maect_fast.evaluation.runs import (
     Extracted,
     Weights,
-    check_run,
-    load_run,
-    run_encoder,
     run_pretrain_model,
     split_features,
     view_features,
-    weights_line,
 )
 from maect_fast.evaluation.unlabelled import num_unlabelled_clusters
-from maect_fast.models.encoder import Encoder
 from maect_fast.models.maect import PretrainModel
 from maect_fast.names import printable
 from maect_fast.training.log import progress, read_metrics
 from maect_fast.training.run_directory import check_writable
 
-__all__ = ["Measured", "Subject", "about_report", "compare_runs", "describe_run", "draw", "measure"]
+__all__ = ["Measured", "Subject", "about_report", "compare", "describe", "draw", "measure"]
 
 PICTURES = 8
 # Images below which an embedding says nothing; plot_tsne refuses them.
@@ -60,7 +55,7 @@ class Subject:
 
     config: Config
     """Says which images, and how features are pooled."""
-    encoder: Encoder | None
+    encoder: nn.Module | None
     """None: the raw pixels."""
 
 
@@ -123,8 +118,8 @@ def measure(
     return found
 
 
-def compare_runs(
-    runs: Sequence[Path],
+def compare(
+    words: Sequence[str],
     out: Path,
     *,
     methods: Sequence[Method] = METHODS,
@@ -134,25 +129,26 @@ def compare_runs(
     num_clusters: int = NUM_CLUSTERS,
     command: str = "",
 ) -> str:
-    """Evaluate run directories, write the report to `out`, return the table as text.
+    """Evaluate encoders, write the report to `out`, return the table as text.
 
-    In the pictures the first run is "before" and the last one "after". Runs, images and `out` are
-    looked at before anything is computed.
+    In the pictures the first encoder is "before" and the last one "after". Weights, images and
+    `out` are looked at before anything is computed.
 
     Args:
-        runs: run directories.
+        words: what `open_encoder` takes.
         out: folder of the report.
         methods: which protocols.
         seed: of probe, draws, k-means, views and the choice of pictures.
-        overrides: `key=value` changes of the runs' configurations.
-        weights: see `encoder_weights`.
+        overrides: `key=value` changes of their configurations.
+        weights: of the runs, see `encoder_weights`.
         num_clusters: of images without labels.
         command: what the user typed, for the report.
     """
-    titles = _titles(runs)
+    titles = _titles(words)
     with told_once():
-        for run in runs:
-            labels = check_run(run, overrides, "train", "test")
+        configs = {}
+        for word in words:
+            configs[word], labels = check_encoder(word, overrides, "train", "test")
             why = no_labels(*labels)
             if why is not None and set(methods) <= set(NEED_LABELS):
                 raise ConfigError(
@@ -160,11 +156,14 @@ def compare_runs(
                     "views need no labels)"
                 )
         check_writable(out)
+        # Views are those of the last run, as files and timm's models say nothing of them.
+        last = ([word for word in words if is_run(word)] or words)[-1]
         return _compare(
-            runs,
+            words,
             titles,
             out,
             methods=methods,
+            augment=configs[last].augment,
             seed=seed,
             overrides=overrides,
             weights=weights,
@@ -174,27 +173,27 @@ def compare_runs(
 
 
 def _compare(
-    runs: Sequence[Path],
+    words: Sequence[str],
     titles: Sequence[str],
     out: Path,
     *,
     methods: Sequence[Method],
+    augment: AugmentConfig,
     seed: int,
     overrides: Sequence[str],
     weights: Weights,
     num_clusters: int,
     command: str,
 ) -> str:
-    """`compare_runs` after its checks."""
+    """`compare` after its checks."""
     subjects, measured, taken = {}, {}, {}
     about = about_report(command, seed=seed)
-    augment = load_run(runs[-1], overrides)[0].augment
     pretrained = None
-    for run, title in zip(runs, titles, strict=True):
-        config, state = load_run(run, overrides, weights=weights)
-        name = f"{title} ({config.stage})"
-        subjects[name] = Subject(config, run_encoder(config, state, weights))
-        taken[name] = weights_line(config, state, weights)
+    for word, title in zip(words, titles, strict=True):
+        opened = open_encoder(word, overrides, weights=weights)
+        name = f"{title} ({opened.kind})"
+        subjects[name] = Subject(opened.config, opened.encoder)
+        taken[name] = opened.weights
         try:
             measured[name] = measure(
                 subjects[name],
@@ -205,16 +204,17 @@ def _compare(
                 title=title,
             )
         except ValueError as error:
-            raise ConfigError(f"{printable(run)}: {error}") from error
-        about[name] = describe_run(run, config, state, taken[name], measured[name])
-        if config.stage == "pretrain" and pretrained is None:
-            pretrained = run_pretrain_model(config, state)
+            raise ConfigError(f"{printable(word)}: {error}") from error
+        about[name] = describe(opened, measured[name])
+        if opened.kind == "pretrain" and opened.state is not None and pretrained is None:
+            pretrained = run_pretrain_model(opened.config, opened.state)
     rows = {name: result.metrics for name, result in measured.items()}
-    curves = {title: read_metrics(run) for run, title in zip(runs, titles, strict=True)}
+    named = zip(words, titles, strict=True)
+    curves = {title: read_metrics(Path(word)) for word, title in named if is_run(word)}
     figures = draw(
         curves, subjects, measured, pretrained=pretrained, seed=seed, num_clusters=num_clusters
     )
-    # The same for runs on the same images, which is once.
+    # The same for encoders on the same images, which is once.
     notes = list(dict.fromkeys(m.no_labels for m in measured.values() if m.no_labels is not None))
     path = write_report(
         out,
@@ -239,32 +239,33 @@ def about_report(command: str, *, seed: int) -> dict[str, str]:
     }
 
 
-def describe_run(
-    run: Path, config: Config, state: dict[str, Any], weights: str, measured: Measured
-) -> str:
-    """A sentence on a run: what it is, and on which images it was measured."""
-    record = state.get("record")
-    recipe = (record.get("recipe") if isinstance(record, dict) else None) or "not recorded"
-    data = config.data
+def describe(opened: Opened, measured: Measured) -> str:
+    """A sentence on an encoder: what it is, and on which images it was measured, and how."""
+    config = opened.config
+    data, augment, side = config.data, config.augment, config.encoder.img_size
     where: str = data.source
     if data.source == "folder":
         folders = (os.path.abspath(str(root)) for root in (data.root, data.test_root))
         where = " and ".join(dict.fromkeys(folders))
     counts = [f"{len(part.features):,}" for part in (measured.train, measured.test)]
     return (
-        f"{os.path.abspath(run)}: stage {config.stage}, recipe {recipe}, seed {config.seed}, "
-        f"{config.epochs} epochs of batches of {config.batch_size}; {weights}; "
-        f"{config.head.pooling} pooling; {counts[0]} training and {counts[1]} test images of "
-        f"{where}"
+        f"{opened.origin}; {opened.weights}; {side} x {side} pixels, mean {_short(augment.mean)}, "
+        f"deviation {_short(augment.std)}; {config.head.pooling} pooling; {counts[0]} training and "
+        f"{counts[1]} test images of {where}"
     )
 
 
-def _titles(runs: Sequence[Path]) -> list[str]:
-    """The folders' names, or the whole paths where two folders have the same name."""
-    if len(set(runs)) < len(runs):
-        raise ConfigError("RUN: expected different run directories, got one of them twice")
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+def _short(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def _titles(words: Sequence[str]) -> list[str]:
+    """The last parts of the names, or all of them whole where two have the same last part."""
+    whole = [str(Path(word)) for word in words]
+    if len(set(whole)) < len(whole):
+        raise ConfigError("RUN: expected different runs, files or models, got one of them twice")
+    names = [Path(word.removeprefix(TIMM)).name for word in words]
+    return names if len(set(names)) == len(names) else whole
 
 
 def draw(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from maect_fast.checkpoint import CheckpointError, peek_checkpoint
+from maect_fast.checkpoint import CheckpointError
 from maect_fast.config import AugmentConfig, Config, load_config
 from maect_fast.data import Loader, Source, build_source, eval_batches
 from maect_fast.evaluation.features import Features, extract_features, raw_pixels
@@ -21,13 +21,12 @@ from maect_fast.names import printable
 from maect_fast.training.distributed import World, resolve_device
 from maect_fast.training.ema import half_lives
 from maect_fast.training.log import progress
-from maect_fast.training.stages import last_checkpoint, load_module, load_state, part
+from maect_fast.training.stages import load_module, load_state, part
 
 __all__ = [
     "Extracted",
     "Split",
     "Weights",
-    "check_run",
     "load_run",
     "run_encoder",
     "run_pretrain_model",
@@ -58,20 +57,6 @@ class Extracted(NamedTuple):
         """[N] int64: of each row, the index of its image in the source."""
         rows = [i for i in range(len(self.source)) if i not in self.missing]
         return torch.tensor(rows, dtype=torch.int64)
-
-
-def check_run(run: Path, overrides: Sequence[str], *splits: Split) -> list[Tensor]:
-    """Find out in moments whether a run can be evaluated: checkpoint, settings and images.
-
-    Returns:
-        The labels of each split's images.
-
-    Raises:
-        CheckpointError: there is no checkpoint.
-        ConfigError: an override that the configuration does not take, or no images of a split.
-    """
-    config = load_config(peek_checkpoint(last_checkpoint(run))["config"], overrides=overrides)
-    return [build_source(config.data, config.encoder, split=split).labels for split in splits]
 
 
 def load_run(
@@ -179,7 +164,7 @@ def run_pretrain_model(config: Config, state: dict[str, Any]) -> PretrainModel:
 
 
 def split_features(
-    config: Config, split: Split, encoder: Encoder | None, *, title: str = ""
+    config: Config, split: Split, encoder: nn.Module | None, *, title: str = ""
 ) -> Extracted:
     """Features of the training or test images; raw pixels when `encoder` is None.
 
@@ -209,14 +194,14 @@ def split_features(
 
 
 def view_features(
-    config: Config, encoder: Encoder, augment: AugmentConfig, *, seed: int, title: str = ""
+    config: Config, encoder: nn.Module, augment: AugmentConfig, *, seed: int, title: str = ""
 ) -> Views:
     """Features of two random views of the test images.
 
     Args:
-        config: of the run; says which images, and how they are normalised.
-        encoder: the run's.
-        augment: how views are made, the same for all runs that are compared.
+        config: says which images, and how they are normalised.
+        encoder: maps images to tokens, see `extract_features`.
+        augment: how views are made, the same for all encoders that are compared.
         seed: of the views.
         title: of the progress bar.
     """
