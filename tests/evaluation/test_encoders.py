@@ -52,7 +52,9 @@ def test_features_are_timms_own(published: Path, img_size: int, pooling: Any) ->
     settings = [*CPU, f"encoder.img_size={img_size}", f"head.pooling={pooling}"]
     opened = open_encoder(TIMM, settings)
     images, _ = tokens(opened.encoder, img_size)
-    vit = timm.create_model("test_vit", pretrained=True, num_classes=0, img_size=img_size).eval()
+    vit: Any = timm.create_model(
+        "test_vit", pretrained=True, num_classes=0, img_size=img_size
+    ).eval()
     with torch.no_grad():
         own = vit.forward_features(images)
     labels = torch.zeros(2, dtype=torch.int64)
@@ -77,7 +79,7 @@ def test_the_model_decides_size_and_normalisation(published: Path) -> None:
 
 
 def test_registers_are_no_patches() -> None:
-    vit = timm.create_model(
+    vit: Any = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0, reg_tokens=3
     ).eval()
     images, found = tokens(TimmEncoder(vit), 32)
