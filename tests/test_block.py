@@ -525,7 +525,17 @@ def frozen(**options: Any) -> Any:
 
 @pytest.mark.parametrize("is_interpreted", [False, True], ids=["definitions", "interpreted"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"proj_bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *(
+            pytest.param({name: False}, marks=pytest.mark.slow)
+            for name in ("qkv_bias", "proj_bias")
+        ),
+    ],
+    ids=str,
+)
 def test_int8_is_close_to_the_block(
     mode: str, options: dict[str, Any], is_interpreted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

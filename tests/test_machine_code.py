@@ -478,6 +478,7 @@ def test_every_broken_rule_is_listed(
 RUN = "from maect_fast.benchmarks.machine_code import run; "
 
 
+@pytest.mark.slow
 def test_without_kernels_the_controls_decide() -> None:
     done = python("-c", RUN + "raise SystemExit(run.run([], csv=None))")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -191,10 +191,12 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, said
 
 
+@pytest.mark.slow
 def test_the_library_compiles_without_warnings(build: tuple[Path, str]) -> None:
     assert "warning" not in build[1], build[1]
 
 
+@pytest.mark.slow
 def test_no_instruction_set_lends_its_functions(build: tuple[Path, str]) -> None:
     """Of equal inline functions the linker keeps one, perhaps the copy that an old CPU lacks."""
     objects = list(build[0].glob("CMakeFiles/*/kernels/*/cpu_simd.cpp.o"))

@@ -47,6 +47,12 @@ def search(request: pytest.FixtureRequest) -> Search:
     return partial(queue_topk, backend=request.param)
 
 
+# For tests of several searches: interpreted, each takes seconds.
+slow_if_interpreted = pytest.mark.parametrize(
+    "search", [slow(b) if b == "triton" else b for b in BACKENDS], indirect=True
+)
+
+
 def in_blocks(*blocks: tuple[int, int]) -> list[tuple[str, tuple[int, int]]]:
     """Backends with the reference's blocks of queries and rows, of which others know nothing."""
     whole = 128, 16384
@@ -86,8 +92,8 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
         ((), 7, 33, 16, 5),
         ((2,), 3, 20, 48, 20),
         pytest.param((2,), 9, 1000, 256, 20, marks=pytest.mark.slow),
-        ((), 131, 257, 37, 2),
-        ((1,), 5, 513, 8, 200),
+        pytest.param((), 131, 257, 37, 2, marks=pytest.mark.slow),
+        pytest.param((1,), 5, 513, 8, 200, marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value),
 )
@@ -123,7 +129,7 @@ def test_values_against_fp64(
 
 
 @pytest.mark.parametrize(("backend", "blocks"), in_blocks((3, 7), (2, 2)), ids=str)
-@pytest.mark.parametrize("k", [1, 4, 20, 45])
+@pytest.mark.parametrize("k", [1, 4, 20, slow(45)])
 @pytest.mark.parametrize("num_ids", [45, 6])
 def test_ties_go_to_the_lowest_slot(
     k: int,
@@ -157,6 +163,7 @@ def test_the_other_devices_path_to_ties_agrees() -> None:
     assert slots.sort().values.tolist() == [sorted(row) for row in expected]
 
 
+@slow_if_interpreted
 @pytest.mark.parametrize("k", [1, 20, 64])
 def test_collapse(k: int, search: Search, device: torch.device) -> None:
     """All entries and all queries alike: slots in order, without the own ones."""
@@ -250,6 +257,7 @@ def test_id_minus_one_excludes_nothing(search: Search, device: torch.device) -> 
     assert found.indices[:, 0].tolist() == [0, 1, 2, 3]
 
 
+@slow_if_interpreted
 def test_both_views_in_one_search(search: Search, device: torch.device) -> None:
     state = random_queue(300, 32, num_ids=40, num_classes=5, device=device)
     views = unit_rows(2, 10, 32, device=device, seed=7)
@@ -265,6 +273,7 @@ def test_both_views_in_one_search(search: Search, device: torch.device) -> None:
             assert same(together[view], alone)
 
 
+@slow_if_interpreted
 @pytest.mark.parametrize("batch", [slow(()), (2,)])
 def test_pick(batch: tuple[int, ...], search: Search, device: torch.device) -> None:
     state = random_queue(200, 16, num_ids=30, num_classes=3, device=device)
@@ -293,6 +302,7 @@ def test_missing_labels_never_hit(search: Search, device: torch.device) -> None:
     assert not found.label_hit.any()
 
 
+@slow_if_interpreted
 @pytest.mark.parametrize("num_ranks", [2, slow(4)])
 def test_picks_do_not_depend_on_the_number_of_ranks(
     num_ranks: int, search: Search, device: torch.device
@@ -320,6 +330,7 @@ def official_find_nn(
     return index, state.queue[index]
 
 
+@slow_if_interpreted
 def test_replays_the_official_search(search: Search, device: torch.device) -> None:
     """Its dice come from the CPU generator, view 0 first."""
     state = random_queue(500, 32, num_ids=60, num_classes=3, device=device)
@@ -835,7 +846,9 @@ def test_triton_gives_the_bits_of_fp64(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, slow(torch.int8)], ids=str)
-@pytest.mark.parametrize("kind", ["random", "clusters", "near duplicates", "duplicates"])
+@pytest.mark.parametrize(
+    "kind", [slow("random"), slow("clusters"), "near duplicates", slow("duplicates")]
+)
 def test_triton_is_right_where_its_candidates_are_not_enough(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
@@ -1004,7 +1017,9 @@ def test_triton_takes_any_size(
     assert_exact(by_triton(query, queue, k, dtype), query, queue, k)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, slow(torch.bfloat16), slow(torch.float16)], ids=str
+)
 def test_triton_reads_any_layout(dtype: torch.dtype, device: torch.device) -> None:
     query = unit_rows(5, 40, dtype=dtype, seed=1).to(device)
     queue = unit_rows(300, 40, dtype=dtype, seed=2).to(device)
@@ -1020,7 +1035,8 @@ def test_triton_reads_any_layout(dtype: torch.dtype, device: torch.device) -> No
         queue_topk(query, queue.T.contiguous().T, k=6, backend="triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.int8)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 def test_triton_agrees_on_ids_picks_and_odd_rows(dtype: torch.dtype, device: torch.device) -> None:
     state = random_queue(400, 32, num_ids=6, num_classes=3, device=device)
     query = unit_rows(2, 6, 32, seed=1).to(device)
@@ -1047,6 +1063,7 @@ def test_triton_agrees_on_ids_picks_and_odd_rows(dtype: torch.dtype, device: tor
             assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
+@pytest.mark.slow
 def test_triton_searches_a_gallery_part_by_part(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
@@ -1486,7 +1503,7 @@ def op_arguments(device: torch.device, batch: tuple[int, ...]) -> list[tuple[Any
     ]
 
 
-@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("batch", [(), slow((2,))])
 def test_opcheck_search(batch: tuple[int, ...], device: torch.device) -> None:
     for arguments in op_arguments(device, batch):
         torch.library.opcheck(op.queue_topk, (*arguments, [], "auto"))

@@ -47,6 +47,8 @@ CASES = {
     "pretrain": ["stage=pretrain"],
     "pretrain-3-views": ["stage=pretrain", "num_views=3"],
 }
+# One of each stage; the others are tested as slow ones.
+QUICK = ("tune", "prepare-head", "pretrain")
 # Divides the batch; leaves a short last chunk; one image at a time.
 SIZES = (5, 4, 1)
 
@@ -108,7 +110,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_updates_are_those_of_one_pass(case: str) -> None:
     expected = train(case, torch.float64)
     num_gradients = sum("gradient of" in name for name in expected)
@@ -118,7 +122,9 @@ def test_updates_are_those_of_one_pass(case: str) -> None:
         assert_close(found, expected, 1e-12)
 
 
-@pytest.mark.parametrize("case", ["tune", "tune-reconstruction"])
+@pytest.mark.parametrize(
+    "case", ["tune", pytest.param("tune-reconstruction", marks=pytest.mark.slow)]
+)
 def test_in_fp32_they_differ_by_rounding(case: str) -> None:
     # With such an eps, AdamW does not blow up gradients that are zero but for rounding.
     expected = train(case, torch.float32, "optim.eps=1e-3")
@@ -233,6 +239,7 @@ def weights(out: Path) -> dict[str, Any]:
     return {**found["model"], **{f"EMA {k}": v for k, v in found["encoder_ema"].items()}}
 
 
+@pytest.mark.slow
 def test_two_processes_with_chunks(recipes: dict[Stage, Path], tmp_path: Path) -> None:
     """Chunks of 3 of each rank's 8 images; DDP would refuse a second gradient of a parameter."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -105,7 +105,13 @@ def test_a_killed_run_continues_bit_identically(
     assert updates[-1] == TOTAL
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1)),
+    ],
+)
 def test_a_signal_saves_and_is_the_exit_code(
     recipes: dict[Stage, Path], head: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -45,7 +45,7 @@ def test_two_machines(recipes: dict[Stage, Path], tmp_path: Path) -> None:
     assert_close_runs(one, two)
 
 
-@pytest.mark.parametrize("transposed", ["false", "true"])
+@pytest.mark.parametrize("transposed", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_all_stages(recipes: dict[Stage, Path], tmp_path: Path, transposed: str) -> None:
     init: list[str] = []
     for stage in ("pretrain", "prepare-head", "tune"):
