@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 from maect_fast import __version__
 from maect_fast.config import ConfigError, Stage, load_config, load_recipe
@@ -147,23 +146,24 @@ def _parser() -> argparse.ArgumentParser:
             "--recipe",
             metavar="NAME",
             help="b16, l16, h16, h14, those with -aug, digits, or a YAML file; "
-            "not needed to continue a run",
+            "not needed to continue a run, or with --init RUN: that run's",
         )
         train.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory")
         train.add_argument(
             "--init",
             type=Path,
             metavar="PATH",
-            help="run directory of the stage before, or a file with an encoder's weights",
+            help="run directory of the stage before, whose images and given encoder, augmentation "
+            "and head sizes the run inherits, or a file with an encoder's weights",
         )
         train.add_argument(
             "--change",
             action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="continue the run with this setting changed, and record it there (rates and other "
-            "optim.*, precision, augment.*, temperature, top-k, mask ratio); data.root accepts "
-            "other images",
+            help="continue the run with this setting changed, and record it there (epochs, rates "
+            "and other optim.*, precision, augment.*, temperature, top-k, mask ratio); data.root "
+            "accepts other images",
         )
         train.add_argument(
             "--restart",
@@ -272,56 +272,22 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from maect_fast.checkpoint import peek_checkpoint
-    from maect_fast.training.engine import run_stage
-    from maect_fast.training.run_directory import check_last
-    from maect_fast.training.stages import last_checkpoint
+    from maect_fast.training.start import start_run
 
     stage: Stage = options.command
-    out: Path = options.out
-    continues = last_checkpoint(out).exists() and not options.restart
-    if options.recipe is not None:
-        layer: Any = load_recipe(options.recipe, stage)
-    elif continues:
-        # config.yaml is for people: this is what the run goes by.
-        layer = peek_checkpoint(last_checkpoint(out))["config"]
-    else:
-        if not options.restart:
-            check_last(out)
-        raise ConfigError(f"{out}: no run to continue there; start one with --recipe NAME")
-    config = load_config(layer, overrides=[*options.overrides, *options.change])
-    if config.stage != stage:
-        raise ConfigError(f"stage: the command is {stage}, the recipe is for {config.stage}")
-    from_scratch = stage != "pretrain" and options.from_scratch
-    if options.init is not None and from_scratch:
-        raise ConfigError("--init, --from-scratch: expected one of them, got both")
-    if continues and from_scratch:
-        record = peek_checkpoint(last_checkpoint(out)).get("record", {})
-        if record.get("init") is not None:
-            raise ConfigError(
-                f"--from-scratch: the run in {out} was started from {record['init']['path']}; "
-                "continue it without this option, or choose another --out"
-            )
-    if options.init is None and not from_scratch and stage != "pretrain" and not continues:
-        if not options.restart:
-            check_last(out)
-        raise ConfigError(
-            f"--init: {stage} starts from the stage before (or give --from-scratch for a control)"
-        )
-    decoder = options.decoder if stage == "tune" else None
-    if decoder is not None and config.reconstruction_weight == 0:
-        raise ConfigError("--decoder: expected with reconstruction_weight above 0, which uses it")
-    stopped_by = run_stage(
-        config,
-        out,
-        init=options.init,
-        decoder=decoder,
-        capture=not options.no_capture,
-        restart=options.restart,
-        change=[word.partition("=")[0] for word in options.change],
+    stopped_by = start_run(
+        stage,
+        options.out,
         recipe=options.recipe,
+        init=options.init,
+        decoder=options.decoder if stage == "tune" else None,
+        from_scratch=stage != "pretrain" and options.from_scratch,
+        overrides=options.overrides,
+        change=options.change,
+        restart=options.restart,
+        capture=not options.no_capture,
     )
-    return _stopped(stopped_by, out)
+    return _stopped(stopped_by, options.out)
 
 
 def _stopped(by: int, out: Path) -> int:

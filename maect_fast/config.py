@@ -32,6 +32,7 @@ __all__ = [
     "ViewConfig",
     "load_config",
     "load_recipe",
+    "merge_config",
     "profile_window",
     "save_config",
 ]
@@ -39,6 +40,18 @@ __all__ = [
 Stage = Literal["pretrain", "prepare-head", "tune"]
 
 RECIPES = Path(__file__).parent / "recipes"
+
+# What other programs call it.
+ACCUMULATION = {
+    "accum_iter",
+    "accumulate",
+    "accumulate_grad_batches",
+    "accumulation_steps",
+    "grad_accum",
+    "grad_accum_steps",
+    "gradient_accumulation",
+    "gradient_accumulation_steps",
+}
 
 
 class ConfigError(UserError, ValueError):
@@ -231,13 +244,15 @@ class Config:
     seed: Annotated[int, Interval("[0, 9007199254740991]")] = 5
     """Seed of everything random in the run."""
     epochs: Count = 20
-    """Passes over the training images."""
+    """Passes over the training images. `--change epochs=N` makes a run longer, also a finished one:
+    from there on its rates are those of a run of N epochs from the start."""
     batch_size: Annotated[int, Interval("[2, 16777216]")] = 1024
     """Images per update over all ranks; each gives num_views views."""
     chunk_size: Annotated[int, Interval("[0, 16777216]")] | None = None
-    """Images of a process whose activations are in memory at a time; None or 0 is all of them. With
-    chunks the trained blocks run twice, and the update is the same to rounding: for a batch that is
-    larger than the GPU; `maect-fast plan` says which size fits."""
+    """Images of a process whose activations are in memory at a time; None or 0 is all of them. This
+    is gradient accumulation for a loss that sees the whole batch: with chunks the trained blocks
+    run twice, and the update is the same to rounding, for a batch that is larger than the GPU;
+    `maect-fast plan` says which size fits."""
     num_views: Annotated[int, Interval("[1, 64]")] = 2
     """Random crops per image and update."""
     mask_ratio: BelowOne = 0.75
@@ -264,6 +279,11 @@ class Config:
     """Updates between two lines of metrics."""
     checkpoint_every: Count = 10
     """Epochs between two checkpoints that are kept; the last epoch is always saved."""
+    knn_every: Annotated[int, Interval("[0, 1000000000]")] = 0
+    """Epochs between two measurements of the encoder's features, and one at the end; 0 takes none.
+    With classes it is k-NN accuracy on the test images (without any on a tenth of the training
+    images), without classes how well two views agree about their neighbours; of at most 10,000
+    images beside a gallery of at most 50,000."""
     save_minutes: Annotated[float, Interval("[0, 1000000]")] = 10.0
     """Minutes between two saves of the checkpoint from which the run would resume."""
     rank_timeout: Annotated[float, Interval("[1, 1000000]")] = 20.0
@@ -313,6 +333,17 @@ def load_config(*layers: DictConfig | dict[str, Any], overrides: Sequence[str] =
         ConfigError: unknown key, wrong type, a number out of its interval, or values that cannot
             work together.
     """
+    config = merge_config(*layers, overrides=overrides)
+    _check(config)
+    return config
+
+
+def merge_config(*layers: DictConfig | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """`load_config` of what need not work by itself, such as a recipe that leaves a value open.
+
+    Raises:
+        ConfigError: unknown key or wrong type.
+    """
     merged = OmegaConf.structured(Config)
     for layer in layers:
         with _errors_named():
@@ -323,9 +354,7 @@ def load_config(*layers: DictConfig | dict[str, Any], overrides: Sequence[str] =
         with _errors_named(key):
             merged = OmegaConf.merge(merged, _literal(value))
     with _errors_named():
-        config = cast("Config", OmegaConf.to_object(merged))
-    _check(config)
-    return config
+        return cast("Config", OmegaConf.to_object(merged))
 
 
 def profile_window(profile: str | None) -> range:
@@ -358,6 +387,11 @@ def _errors_named(key: str = "configuration") -> Iterator[None]:
         yield
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or key
+        if name.rpartition(".")[2] in ACCUMULATION:
+            raise ConfigError(
+                f"{name}: unknown key: use chunk_size, which is gradient accumulation here: "
+                "batch_size is the whole batch, chunk_size the images of it in memory at a time"
+            ) from None
         raise ConfigError(f"{name}: {_one_line(error)}{_known_keys(error)}") from None
 
 
@@ -443,6 +477,12 @@ def _check(config: Config) -> None:
             "num_views",
             "2 (the contrastive loss crosses two views)",
             config.num_views,
+        ),
+        (
+            config.knn_every == 0 or config.stage != "prepare-head",
+            "knn_every",
+            "0 in prepare-head, which does not train the encoder",
+            config.knn_every,
         ),
         (
             config.frozen_precision == "same" or _freezes(config),

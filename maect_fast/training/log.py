@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from maect_fast.checkpoint import write_atomically
 
@@ -125,6 +125,9 @@ class RunLog:
         shown = {"loss": f"{metrics['loss']:.4f}"}
         if "nn_accuracy" in metrics:
             shown["nn_accuracy"] = f"{metrics['nn_accuracy']:.3f}"
+        for name in ("knn", "view_agreement"):
+            if name in metrics:
+                shown[name] = f"{metrics[name]:.3f}"
         if metrics.get("searched_again", 0) > 0:
             shown["searched_again"] = f"{metrics['searched_again']:.0%}"
         shown["images/s"] = f"{metrics['images_per_second']:.0f}"

@@ -75,3 +75,7 @@ class Meter:
         if math.isfinite(metrics["loss"]):
             self._reset()
         return line
+
+    def restart_clock(self) -> None:
+        """What was done since `read` was no training."""
+        self.began = time.monotonic()
