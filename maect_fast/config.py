@@ -452,10 +452,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _known_keys(error: OmegaConfBaseException) -> str:
-    """Name the keys that would have been valid where an unknown one was given."""
+    """Name the keys that would have been valid where an unknown one was given like none of them."""
     node = getattr(error, "object_type", None)
     fields = getattr(node, "__dataclass_fields__", None)
-    unknown = type(error).__name__ == "ConfigKeyError"
+    unknown = type(error).__name__ == "ConfigKeyError" and "Did you mean" not in str(error)
     return f"; expected one of: {', '.join(fields)}" if unknown and fields else ""
 
 
