@@ -150,8 +150,9 @@ class HeadConfig:
 class DataConfig:
     """Where the images come from."""
 
-    source: Literal["folder", "digits", "synthetic"] = "folder"
-    """`folder`: image files; `digits`: scikit-learn's 1,797 digits; `synthetic`: random images."""
+    source: Literal["folder", "digits", "synthetic", "dataset"] = "folder"
+    """`folder`: image files; `digits`: scikit-learn's 1,797 digits; `synthetic`: random images;
+    `dataset`: a torch Dataset that was given in Python."""
     root: str | None = None
     """Folder of training images, with or without class sub-folders."""
     test_root: str | None = None

@@ -1,12 +1,16 @@
 """Images in, augmented batches out."""
 
+from maect_fast.data.build import build_source
+from maect_fast.data.dataset import DatasetSource, from_dataset
 from maect_fast.data.feed import Feed
+from maect_fast.data.folder import FolderSource
 from maect_fast.data.loader import Batch, DataError, EvalBatches, Loader, eval_batches, told_once
-from maect_fast.data.sources import FolderSource, Source, TensorSource, build_source
+from maect_fast.data.sources import Source, TensorSource
 
 __all__ = [
     "Batch",
     "DataError",
+    "DatasetSource",
     "EvalBatches",
     "Feed",
     "FolderSource",
@@ -15,5 +19,6 @@ __all__ = [
     "TensorSource",
     "build_source",
     "eval_batches",
+    "from_dataset",
     "told_once",
 ]

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from maect_fast.config import AugmentConfig, ConfigError
-from maect_fast.data import sources
 from maect_fast.data.augment import (
     NOISE,
     bytes_to_normalized,
@@ -50,7 +49,7 @@ from maect_fast.names import listed, one_line, printable
 
 __all__ = ["Batch", "DataError", "EvalBatches", "Loader", "eval_batches", "told_once"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 # The stream of epoch permutations among those of one run's seed.
 STREAM = 3 << 32
@@ -101,12 +100,15 @@ class _Item:
     fp32. Void if too many are broken."""
     sample_id: Tensor
     """[n] int64, the images really shown."""
+    label: Tensor
+    """[n] int64, theirs."""
     broken: dict[int, Broken]
     """By index, why an image could not be read."""
 
     def pin_memory(self) -> "_Item":
         """The same in pinned memory; called by the DataLoader."""
-        return _Item(self.pixels.pin_memory(), self.sample_id.pin_memory(), self.broken)
+        pixels, ids, labels = (x.pin_memory() for x in (self.pixels, self.sample_id, self.label))
+        return _Item(pixels, ids, labels, self.broken)
 
 
 class _Schedule(Sampler[tuple[int, list[int]]]):
@@ -140,17 +142,18 @@ class _TrainingBatches(Dataset[_Item]):
         stays_bytes = not self.augment.contrast and not self.augment.noise
         dtype = torch.uint8 if stays_bytes else torch.float32
         views = _empty(self.num_views, len(indices), C, S, S, dtype=dtype)
-        ids = list(indices)
+        ids, labels = list(indices), [-1] * len(indices)
         broken: dict[int, Broken] = {}
         draws = self._draws(ids, epoch, NOISE)
         reduction = partial(view_reduction, augment=self.augment, img_size=S)
         for row, index in enumerate(indices):
-            image = _decode(self.source, index, reduction, broken)
-            while image is None:
+            read = _read(self.source, index, reduction, broken)
+            while read is None:
                 if len(broken) > self.max_broken:
-                    return _Item(views, _ids(ids), broken)
+                    return _Item(views, _int64(ids), _int64(labels), broken)
                 ids[row] = (ids[row] + 1) % len(self.source)
-                image = _decode(self.source, ids[row], reduction, broken)
+                read = _read(self.source, ids[row], reduction, broken)
+            image, labels[row] = read
             own = draws[:, row : row + 1]
             if self.augment.noise or ids[row] != index:
                 own = self._draws([ids[row]], epoch, num_draws(self.augment, C * S * S))
@@ -160,7 +163,7 @@ class _TrainingBatches(Dataset[_Item]):
                 continue
             # One image at a time stays in the cache.
             views[:, row] = finish_views(_to_float(pixels)[:, None], own, self.augment)[:, 0]
-        return _Item(views, _ids(ids), broken)
+        return _Item(views, _int64(ids), _int64(labels), broken)
 
     def _draws(self, ids: list[int], epoch: int, num: int) -> Tensor:
         return draw(self.seed, torch.tensor(ids), epoch=epoch, num_views=self.num_views, num=num)
@@ -178,15 +181,18 @@ class _EvaluationBatches(Dataset[_Item]):
         S, C = self.img_size, self.source.in_chans
         images = _empty(len(key[1]), C, S, S, dtype=torch.float32)
         ids: list[int] = []
+        labels: list[int] = []
         broken: dict[int, Broken] = {}
         reduction = partial(eval_reduction, img_size=S)
         for index in key[1]:
-            image = _decode(self.source, index, reduction, broken)
-            if image is not None:
+            read = _read(self.source, index, reduction, broken)
+            if read is not None:
+                image, label = read
                 pixels = _to_float(eval_pixels(image, S))
                 images[len(ids)] = to_normalized(pixels, self.augment)
                 ids.append(index)
-        return _Item(images[: len(ids)], _ids(ids), broken)
+                labels.append(label)
+        return _Item(images[: len(ids)], _int64(ids), _int64(labels), broken)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -202,16 +208,17 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.tensor([], dtype=dtype).set_(storage).view(shape)
 
 
-def _ids(ids: list[int]) -> Tensor:
-    return _empty(len(ids), dtype=torch.int64).copy_(torch.tensor(ids, dtype=torch.int64))
+def _int64(numbers: list[int]) -> Tensor:
+    values = torch.tensor(numbers, dtype=torch.int64)
+    return _empty(len(numbers), dtype=torch.int64).copy_(values)
 
 
-def _decode(
+def _read(
     source: Source, index: int, reduction: Reduction, broken: dict[int, Broken]
-) -> Image.Image | None:
-    """Image `index`, or None and an entry in `broken` when it cannot be read."""
+) -> tuple[Image.Image, int] | None:
+    """Image `index` and its label, or None and an entry in `broken` when it cannot be read."""
     try:
-        return source.decode(index, reduction)
+        return source.read(index, reduction)
     # Pillow has no common base for what it raises on a damaged file.
     except Exception as error:
         broken[index] = _broken(error)
@@ -254,14 +261,13 @@ class _Once(logging.Filter):
 @contextmanager
 def told_once() -> Iterator[None]:
     """Meanwhile the same is said once of images, however often they are read."""
-    once, loggers = _Once(), (logger, logging.getLogger(sources.__name__))
-    for each in loggers:
-        each.addFilter(once)
+    # All modules of the package share its logger.
+    once = _Once()
+    logger.addFilter(once)
     try:
         yield
     finally:
-        for each in loggers:
-            each.removeFilter(once)
+        logger.removeFilter(once)
 
 
 class _BrokenImages:
@@ -438,7 +444,7 @@ class Loader:
         try:
             for item in _items(self._decoded):
                 self._broken.add(item.broken)
-                yield item.pixels, item.sample_id, self.source.labels[item.sample_id]
+                yield item.pixels, item.sample_id, item.label
         finally:
             self._broken.tell()
 
@@ -488,7 +494,7 @@ class EvalBatches:
             for item in _items(self._decoded):
                 self._broken.add(item.broken)
                 if len(item.sample_id):
-                    yield item.pixels, self.source.labels[item.sample_id]
+                    yield item.pixels, item.label
         finally:
             self._broken.tell()
 
@@ -571,7 +577,7 @@ def _check_shared_memory(workers: int, batch_bytes: int) -> None:
 
 
 def _data_loader(
-    dataset: Dataset[_Item],
+    dataset: _TrainingBatches | _EvaluationBatches,
     schedule: _Schedule,
     *,
     workers: int,
@@ -583,6 +589,7 @@ def _data_loader(
     workers = min(workers, _num_cores())
     context = None
     if workers:
+        dataset.source.check_workers()
         _check_shared_memory(workers, batch_bytes)
         # Forking this process would copy its locks, of CUDA and of OpenMP among others, in whatever
         # state they are. The fork server imports what follows once, so that a worker starts in

@@ -160,8 +160,8 @@ def _run(
     state = build_stage(config, world, total=total)
     on_first_rank(world, lambda: check_space(state, out))
     seed_generators(config.seed + world.rank)
-    has_labels = bool((loader.source.labels >= 0).any())
-    meter = Meter(config, world, left_out=() if has_labels else ("nn_accuracy",))
+    left_out = () if loader.source.has_labels else ("nn_accuracy",)
+    meter = Meter(config, world, left_out=left_out)
     if resumed is None:
         lines = start_weights(state, init=init, decoder=decoder)
         if inherited and init is not None:
