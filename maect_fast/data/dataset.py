@@ -1,15 +1,17 @@
 """A PyTorch Dataset as a source of images."""
 
 import hashlib
+import io
 import logging
 import pickle
-import sys
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from types import FunctionType
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import torch
 from PIL import Image
@@ -149,17 +151,44 @@ class DatasetSource(Source):
             digest.update(sample)
         return digest.hexdigest()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a worker, by value where it could not import it."""
+        content = _by_value(self.dataset)
+        return _from_value, (type(self), content, self.channels, self.max_pixels)
+
     def check_workers(self) -> None:
-        """Refuse a Dataset that cannot be pickled, or not be found again by a worker process."""
+        """Refuse a Dataset that cannot be pickled."""
         try:
             _Trial().dump(self.dataset)
         # Whatever objects of users raise.
         except Exception as error:
             raise ConfigError(
                 f"data.workers: {_name(self.dataset)} cannot go to worker processes "
-                f"({type(error).__name__}: {one_line(error)}); define it and its transforms at the "
-                "top level of a module, or take data.workers=0"
+                f"({type(error).__name__}: {one_line(error)}); open what cannot be copied when the "
+                "first image is read, or take data.workers=0"
             ) from error
+
+
+class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
+    """Takes what is defined in a notebook or a script along, and shares tensors' memory."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        # multiprocessing's own, among them PyTorch's.
+        shared: Any = ForkingPickler(io.BytesIO()).dispatch_table
+        self.dispatch_table: Any = ChainMap(shared, cloudpickle.Pickler.dispatch_table)
+
+
+def _by_value(dataset: Any) -> bytes:
+    buffer = io.BytesIO()
+    _ByValue(buffer).dump(dataset)
+    return buffer.getvalue()
+
+
+def _from_value(
+    kind: type[DatasetSource], content: bytes, channels: int, max_pixels: int
+) -> DatasetSource:
+    return kind(pickle.loads(content), channels, max_pixels)
 
 
 class _Nowhere:
@@ -169,19 +198,14 @@ class _Nowhere:
         return len(content)
 
 
-class _Trial(pickle.Pickler):
-    """Pickles to nowhere, and looks at whether a worker can import what it would need."""
+class _Trial(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles to nowhere."""
 
     def __init__(self) -> None:
         super().__init__(_Nowhere(), protocol=pickle.HIGHEST_PROTOCOL)
-        main: Any = sys.modules["__main__"]
-        self.has_file = getattr(main, "__file__", None) is not None or main.__spec__ is not None
 
     def persistent_id(self, value: Any) -> str | None:
         """Something for what need not be tried, which may be large."""
-        is_named = isinstance(value, type | FunctionType)
-        if is_named and value.__module__ == "__main__" and not self.has_file:
-            raise TypeError(f"{value.__qualname__} is defined in a notebook or at a prompt")
         return "plain" if isinstance(value, Tensor | np.ndarray | bytes) else None
 
 

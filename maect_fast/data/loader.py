@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -546,7 +546,9 @@ def permutation(num_images: int, *, seed: int, epoch: int) -> Tensor:
 def _items(decoded: DataLoader[_Item]) -> Iterator[_Item]:
     """What the workers hand over; their end, or that of their memory, in one line."""
     try:
-        yield from decoded
+        with _without_main():
+            items = iter(decoded)
+        yield from items
     except RuntimeError as error:
         what = str(error).strip().splitlines()[-1]
         if "DataLoader worker" not in what and "shared memory" not in what:
@@ -595,7 +597,7 @@ def _data_loader(
         # state they are. The fork server imports what follows once, so that a worker starts in
         # milliseconds all the same.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__])
+        context.set_forkserver_preload([__name__])
         _start_fork_server()
     return DataLoader(
         dataset,
@@ -610,6 +612,24 @@ def _data_loader(
         # An own generator, or the DataLoader would advance the global one.
         generator=torch.Generator(),
     )
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that are started meanwhile do not run the main program's file again.
+
+    They need nothing of it: what a Dataset needs goes to them by value. So a script may train at
+    its top level.
+    """
+    main: Any = sys.modules["__main__"]
+    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def _num_cores() -> int:

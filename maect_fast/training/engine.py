@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from maect_fast.checkpoint import seed_generators
 from maect_fast.config import Config, ConfigError, load_config, profile_window
-from maect_fast.data import Loader, build_source
+from maect_fast.data import Loader, Source, build_source, from_dataset
 from maect_fast.names import is_utf8, printable
 from maect_fast.profiling import Profile
 from maect_fast.training.distributed import World, init_world
@@ -65,6 +65,7 @@ def run_stage(
     change: Collection[str] = (),
     recipe: str | None = None,
     inherited: Mapping[str, Any] = MappingProxyType({}),
+    dataset: Any = None,
 ) -> int:
     """Run `config.stage` in the run directory `out`; a directory with a run in it is continued.
 
@@ -83,6 +84,7 @@ def run_stage(
         capture: on a GPU, one CUDA graph per update where that is possible; see `Update`.
         recipe: what a new run's configuration was made from, for its record.
         inherited: settings that a new run has from `init`, by dotted key, for its record.
+        dataset: where `data.source` is `dataset`, a torch Dataset; see `from_dataset`.
 
     Returns:
         0 when the run is finished, the number of the signal when one stopped it after a save.
@@ -111,6 +113,7 @@ def run_stage(
             capture=capture,
             recipe=recipe,
             inherited=inherited,
+            dataset=dataset,
         )
 
 
@@ -135,6 +138,7 @@ def _run(
     capture: bool,
     recipe: str | None,
     inherited: Mapping[str, Any],
+    dataset: Any,
 ) -> int:
     """`run_stage` in a directory that is ours."""
     profile = _profile(config, world, out)
@@ -154,7 +158,7 @@ def _run(
     if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
         check_memory(config, num_gpus=world.size, num_bytes=memory)
-    loader = _build_loader(config, world)
+    loader = _build_loader(config, world, dataset)
     images = on_first_rank(world, lambda: loader.source.identity(config.data.root))
     total = config.epochs * loader.updates_per_epoch
     state = build_stage(config, world, total=total)
@@ -263,10 +267,15 @@ def _loop(
     return 0
 
 
-def _build_loader(config: Config, world: World) -> Loader:
+def _build_loader(config: Config, world: World, dataset: Any) -> Loader:
     """The training images, split over the ranks."""
+    source: Source
+    if dataset is None:
+        source = build_source(config.data, config.encoder, split="train")
+    else:
+        source = from_dataset(dataset, config.data, config.encoder)
     return Loader(
-        build_source(config.data, config.encoder, split="train"),
+        source,
         config.augment,
         num_views=config.num_views,
         batch_size=config.batch_size,

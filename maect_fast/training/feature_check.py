@@ -54,7 +54,7 @@ class FeatureCheck:
 
         data, number = self.config.data, len(self.train)
         self.test = self.train
-        if data.source == "folder" and data.test_root is None:
+        if data.source == "dataset" or (data.source == "folder" and data.test_root is None):
             order = self._order(number)
             asked = min(MAX_QUERIES, max(1, int(SHARE * number)))
             self.query_ids, self.gallery_ids = order[:asked], order[asked:][:MAX_GALLERY]
@@ -67,10 +67,12 @@ class FeatureCheck:
         self.has_classes = reason is None
         if reason is not None:
             return [f"knn_every: {reason} (view_agreement)"]
-        which, whose = ("training", "other") if self.test is self.train else ("test", "the")
+        which, others = (
+            ("training", "others") if self.test is self.train else ("test", "for training")
+        )
         return [
             f"knn_every: k-NN accuracy of {len(self.query_ids)} {which} images among "
-            f"{len(self.gallery_ids)} of {whose} training images"
+            f"{len(self.gallery_ids)} {others}"
         ]
 
     def is_due(self, state: StageState) -> bool:

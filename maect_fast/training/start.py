@@ -32,6 +32,7 @@ def start_run(
     change: Sequence[str] = (),
     restart: bool = False,
     capture: bool = True,
+    dataset: Any = None,
 ) -> int:
     """Start a run of a stage, or continue the one in `out`.
 
@@ -50,6 +51,7 @@ def start_run(
         change: those of them that a run is continued with, and that its own differ from.
         restart: see `run_stage`.
         capture: see `run_stage`.
+        dataset: see `run_stage`.
 
     Returns:
         What `run_stage` does.
@@ -104,6 +106,7 @@ def start_run(
         change=[_key(word) for word in change],
         recipe=recipe,
         inherited=inherited,
+        dataset=dataset,
     )
 
 

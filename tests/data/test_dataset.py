@@ -1,6 +1,9 @@
+import pickle
 import sys
+import threading
 import types
 from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -201,25 +204,37 @@ def test_identity_is_that_of_length_and_samples() -> None:
     assert opened(TensorDataset(images, labels)).identity(None)["digest"] != whole["digest"]
 
 
-def test_what_workers_cannot_be_given_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_workers_cannot_be_given_is_one_line() -> None:
     dataset: Any = Items([pixels(8, 8, 3)] * 4)
-    dataset.transform = lambda image: image
+    dataset.lock = threading.Lock()
     source = opened(dataset)
     assert len(batches(source, 0)) == 1
-    with pytest.raises(ConfigError, match=r"data\.workers: Items cannot go .* top level") as error:
+    with pytest.raises(ConfigError, match=r"data\.workers: Items cannot go .* workers=0") as error:
         batches(source, 0, workers=1)
     assert "\n" not in str(error.value)
 
-    # As in a notebook, whose module no other process can import.
-    del dataset.transform
-    source.check_workers()
+
+def test_what_is_defined_in_a_notebook_goes_to_workers_by_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset: Any = Items([torch.from_numpy(pixels(3, 8, 8))] * 4)
+    dataset.transform = lambda image: image
+    dataset.shared = torch.zeros(1000)
+    source = opened(dataset)
+    # A module that no other process can import.
     notebook = types.ModuleType("__main__")
-    monkeypatch.setitem(sys.modules, "__main__", notebook)
-    source.check_workers()
-    monkeypatch.setattr(Items, "__module__", "__main__")
     notebook.Items = Items  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="Items is defined in a notebook or at a prompt"):
-        source.check_workers()
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    monkeypatch.setattr(Items, "__module__", "__main__")
+    source.check_workers()
+    content = bytes(ForkingPickler.dumps(source))
+    del notebook.Items  # type: ignore[attr-defined]
+    copy = pickle.loads(content)
+    assert type(copy.dataset) is not Items
+    assert copy.decode(0).tobytes() == source.decode(0).tobytes()
+    # Its memory is theirs too.
+    dataset.shared[3] = 7
+    assert copy.dataset.shared[3] == 7
 
 
 def test_a_configuration_cannot_name_a_dataset() -> None:
