@@ -72,9 +72,9 @@ def pretrain(
     button) saves first.
 
     Args:
-        data: a folder of images; the settings of `data` as a mapping; or a
-            `torch.utils.data.Dataset` of (image, label), see `maect_fast.data.from_dataset`. None
-            is what the recipe or the run before has.
+        data: a folder of images, or a `torch.utils.data.Dataset` of (image, label), see
+            `maect_fast.data.from_dataset`; with other settings of `data` a mapping, of which it is
+            the `root`: `{"root": dataset, "workers": 8}`. None is what the recipe or `init` has.
         out: run directory.
         recipe: its name, or a YAML file; needed where there is no run to continue or to start from.
         init: a file with an encoder's weights to start from.
@@ -208,15 +208,12 @@ def _train(
             f"{stage}: a call from Python is one process; several are started by "
             f"torchrun ... -m maect_fast.cli {stage}"
         )
-    dataset: Dataset[Any] | None = None
-    if isinstance(data, Mapping):
-        given: Mapping[str, Any] = {"data": data}
-    elif isinstance(data, str | Path):
-        given = {"data": {"source": "folder", "root": data}}
-    elif data is not None:
-        dataset, given = data, {"data": {"source": "dataset"}}
-    else:
-        given = {}
+    given = dict(data) if isinstance(data, Mapping) else {} if data is None else {"root": data}
+    dataset = given.get("root")
+    if isinstance(dataset, str | Path):
+        given, dataset = {"source": "folder", **given}, None
+    elif dataset is not None:
+        given = {**given, "root": None, "source": "dataset"}
     stopped_by = start_run(
         stage,
         Path(out),
@@ -224,7 +221,7 @@ def _train(
         init=_path(init),
         decoder=_path(decoder),
         from_scratch=from_scratch,
-        overrides=[*_words(given), *_words(settings)],
+        overrides=[*_words({"data": given}), *_words(settings)],
         change=list(_words(change or {})),
         restart=restart,
         capture=capture,
@@ -250,8 +247,8 @@ def _words(settings: Mapping[str, Any], group: str = "") -> Iterator[str]:
         key = f"{group}{name}"
         if isinstance(value, Mapping):
             yield from _words(value, f"{key}.")
-        elif isinstance(value, str | Path):
-            yield f"{key}={value}"
+        elif value is None or isinstance(value, str | Path):
+            yield f"{key}={'' if value is None else value}"
         else:
             try:
                 # Which is YAML.
