@@ -186,7 +186,7 @@ def _run(
     check_finite(state, init if resumed is None else last)
     lines += check_int8(state, loader, world)
     if world.rank == 0:
-        for line in [*lines, *_warnings(config, loader)]:
+        for line in [loader.source.about(), *lines, *_warnings(config, loader)]:
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)
         record.write_config(config, out)
     save = partial(_save, state, world, out, record, meter)

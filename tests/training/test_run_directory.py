@@ -529,8 +529,7 @@ class Stuck(FolderSource):
 
 def build(*arguments, **settings):
     source = build_source(*arguments, **settings)
-    fields = ("labels", "class_names", "path_bytes", "path_ends", "channels", "max_pixels")
-    return Stuck(**{name: getattr(source, name) for name in fields})
+    return Stuck(**vars(source))
 
 if __name__ == "__main__":
     engine.build_source = build
