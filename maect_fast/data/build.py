@@ -8,6 +8,8 @@ from maect_fast.config import ConfigError, DataConfig, EncoderConfig
 from maect_fast.data.decode import EXTENSIONS
 from maect_fast.data.folder import open_folder
 from maect_fast.data.generated import make_digits, make_synthetic
+from maect_fast.data.pack import SUFFIX as PACK
+from maect_fast.data.pack import open_pack
 from maect_fast.data.shards import open_shards
 from maect_fast.data.sources import Source
 from maect_fast.data.tables import find_tables, open_tables
@@ -26,7 +28,8 @@ def build_source(
     A folder's images are all regular files below it with an image extension, sorted by path; hidden
     files and folders are left out, linked folders followed, and no folder is listed twice. If every
     image lies in a sub-folder and there are at least two of them, the top-level sub-folders are the
-    classes; otherwise no image has a label. Shards and tables: see `open_shards` and `open_tables`.
+    classes; otherwise no image has a label. Shards, tables and packs: see `open_shards`,
+    `open_tables` and `open_pack`.
     A test set's classes are numbered by the names of the training set's.
 
     Raises:
@@ -44,13 +47,20 @@ def build_source(
         )
     if encoder.in_chans not in (1, 3):
         raise ConfigError(f"encoder.in_chans: expected 3 or 1, got {encoder.in_chans}")
+    in_chans, img_size = encoder.in_chans, encoder.img_size
     if split == "train":
-        return open_source("data.root", data.root, data, encoder.in_chans)
+        return open_source("data.root", data.root, data, in_chans=in_chans, img_size=img_size)
     known: Sequence[str] = ()
     if data.root:
-        known = open_source("data.root", data.root, data, encoder.in_chans).class_names
+        known = open_source("data.root", data.root, data, in_chans=in_chans).class_names
     return open_source(
-        "data.test_root", data.test_root, data, encoder.in_chans, split="test", known=known
+        "data.test_root",
+        data.test_root,
+        data,
+        in_chans=in_chans,
+        img_size=img_size,
+        split="test",
+        known=known,
     )
 
 
@@ -58,8 +68,9 @@ def open_source(
     key: str,
     root: str | None,
     data: DataConfig,
-    in_chans: int,
     *,
+    in_chans: int,
+    img_size: int | None = None,
     split: Literal["train", "test"] = "train",
     known: Sequence[str] = (),
 ) -> Source:
@@ -67,17 +78,20 @@ def open_source(
 
     Args:
         key: what the setting is called that names them.
-        root: a folder of images, of tar shards or of tables; or files of these.
+        root: a folder of images, of tar shards or of tables; files of these; or a pack.
         data: the other settings.
         in_chans: channels to decode to.
+        img_size: side of the views that will be made; None for none.
         split: which files of tables are taken, where their names say so.
         known: names of classes, by which those found are numbered; none for their own.
 
     Raises:
         ConfigError: see `build_source`.
     """
-    common: dict[str, Any] = {"in_chans": in_chans, "max_pixels": data.max_pixels, "known": known}
     kind = "" if root is None else _kind(root)
+    if root is not None and kind == PACK:
+        return open_pack(key, root, in_chans=in_chans, img_size=img_size, known=known)
+    common: dict[str, Any] = {"in_chans": in_chans, "max_pixels": data.max_pixels, "known": known}
     if root is None or not kind:
         return open_folder(key, root, **common)
     if kind == ".tar":
@@ -88,10 +102,10 @@ def open_source(
 
 
 def _kind(root: str) -> str:
-    """`.tar` or `.parquet` by the name of a file, or by what a folder holds; "" for images."""
+    """`.tar`, `.parquet` or `.pack` by a file's name, or by what a folder holds; "" for images."""
     if not os.path.isdir(root):
         suffix = os.path.splitext(root)[1]
-        return suffix if suffix in (".tar", ".parquet") else ""
+        return suffix if suffix in (".tar", ".parquet", PACK) else ""
     if any(os.path.isfile(os.path.join(root, f)) for f in OF_DATASETS):
         return ".parquet"
     for folder in (root, os.path.join(root, "data")):

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from maect_fast.data.sources import Reduction, Source, UnfitImageError
+from maect_fast.data.sources import ORIGINAL_SIZE, Reduction, Source, UnfitImageError
 
 __all__ = ["EXTENSIONS", "EncodedSource", "decode_image", "eight_bits"]
 
@@ -92,6 +92,7 @@ def _limit(
         factor = 1 if reduction is None else reduction(width, height)
         if factor > 1:
             image.draft(None, (width // factor, height // factor))
+            image.info[ORIGINAL_SIZE] = (width, height)
         # A progressive one's coefficients are all held, whatever the scale.
         if "progressive" in image.info:
             _check_scans(file)

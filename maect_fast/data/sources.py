@@ -15,7 +15,16 @@ from torch import Tensor
 from maect_fast.config import ConfigError
 from maect_fast.names import listed, printable
 
-__all__ = ["Names", "Reduction", "Source", "TensorSource", "UnfitImageError", "number_labels"]
+__all__ = [
+    "ORIGINAL_SIZE",
+    "Names",
+    "Reduction",
+    "Source",
+    "TensorSource",
+    "UnfitImageError",
+    "number_labels",
+    "original_size",
+]
 
 
 class UnfitImageError(ValueError):
@@ -24,6 +33,16 @@ class UnfitImageError(ValueError):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
+
+
+# Where a decoded image is smaller than its file says, its `info` has width and height of that.
+ORIGINAL_SIZE = "original_size"
+
+
+def original_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of what a decoded image was made from."""
+    width, height = image.info.get(ORIGINAL_SIZE, image.size)
+    return width, height
 
 
 Reduction: TypeAlias = Callable[[int, int], int]
