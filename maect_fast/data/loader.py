@@ -4,13 +4,14 @@ What a batch holds is a function of (seed, epoch, batch number) alone: the numbe
 number of ranks and where a run was resumed change nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from maect_fast.config import AugmentConfig, ConfigError
@@ -85,9 +86,7 @@ class TrainingBatches:
     def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
         epoch, indices = key
         S, C = self.img_size, self.source.in_chans
-        # A quarter of the bytes, to the main process and to the device, where the rest is done.
-        stays_bytes = not self.augment.contrast and not self.augment.noise
-        dtype = torch.uint8 if stays_bytes else torch.float32
+        dtype = torch.uint8 if self.stays_bytes else torch.float32
         views = empty(self.num_views, len(indices), C, S, S, dtype=dtype)
         ids, labels = list(indices), [-1] * len(indices)
         broken: dict[int, Broken] = {}
@@ -104,13 +103,25 @@ class TrainingBatches:
             own = draws[:, row : row + 1]
             if self.augment.noise or ids[row] != index:
                 own = self._draws([ids[row]], epoch, num_draws(self.augment, C * S * S))
-            pixels = image_views(image, own[:, 0, :NOISE].tolist(), self.augment, S)
-            if stays_bytes:
-                views[:, row] = torch.from_numpy(pixels).movedim(-1, -3)
-                continue
-            # One image at a time stays in the cache.
-            views[:, row] = finish_views(_to_float(pixels)[:, None], own, self.augment)[:, 0]
+            views[:, row] = self.make_views(image, own)
         return _Item(views, _int64(ids), _int64(labels), broken)
+
+    @property
+    def stays_bytes(self) -> bool:
+        """Whether views are handed over as bytes.
+
+        They are a quarter, to the main process and to the device, where the rest is done.
+        """
+        return not self.augment.contrast and not self.augment.noise
+
+    def make_views(self, image: Image.Image, draws: Tensor) -> Tensor:
+        """One image's, [V, C, S, S], of its numbers [V, 1, T, 4]."""
+        numbers = draws[:, 0, :NOISE].tolist()
+        pixels = image_views(image, numbers, self.augment, self.img_size)
+        if self.stays_bytes:
+            return torch.from_numpy(pixels).movedim(-1, -3)
+        # One image at a time stays in the cache.
+        return finish_views(_to_float(pixels)[:, None], draws, self.augment)[:, 0]
 
     def _draws(self, ids: list[int], epoch: int, num: int) -> Tensor:
         return draw(self.seed, torch.tensor(ids), epoch=epoch, num_views=self.num_views, num=num)
@@ -212,8 +223,9 @@ class Loader:
             if not photometric:
                 self._images = source.images
             source = source.to("cpu")
+        self.work = TrainingBatches(source, augment, img_size, num_views, seed, self._broken.limit)
         self._decoded = data_loader(
-            TrainingBatches(source, augment, img_size, num_views, seed, self._broken.limit),
+            self.work,
             self._schedule,
             workers=0 if self._images is not None else workers,
             batch_bytes=4 * num_views * batch_size // world_size * source.in_chans * img_size**2,
@@ -224,6 +236,11 @@ class Loader:
     def updates_per_epoch(self) -> int:
         """Batches in one epoch."""
         return len(self.source) // self.batch_size
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether no image is decoded, so that views are made in batches, by no worker."""
+        return self._images is not None
 
     @property
     def broken(self) -> list[str]:
@@ -254,6 +271,10 @@ class Loader:
             made = self._augmented(self._images, parts, epoch)
         else:
             made = self._from_workers(parts, epoch)
+        yield from self.handed_over(made)
+
+    def handed_over(self, made: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
+        """Views, ids and labels on the device, where views that come as bytes are normalised."""
         for views, sample_id, label in self._feed(made):
             if views.dtype == torch.uint8:
                 views = bytes_to_normalized(views, self.augment)

@@ -228,6 +228,8 @@ def _loop(
         while state.update < state.total:
             epoch, position = divmod(state.update, loader.updates_per_epoch)
             batches = profile.batches(loader.batches(epoch, position), state.update)
+            if not loader.is_in_memory:
+                batches = meter.waiting(batches)
             for batch in stop.awaiting(batches):
                 meter.add(update(batch))
                 log.advance()
