@@ -24,6 +24,7 @@ examples:
   maect-fast pretrain --recipe l16 --out runs/mae data.root=/images/train
   maect-fast prepare-head --recipe l16 --init runs/mae --out runs/head data.root=/images/train
   maect-fast tune --recipe l16 --init runs/head --out runs/mae-ct data.root=/images/train
+  maect-fast pack /images/train --out train.pack
   maect-fast plan --recipe h14 batch_size=512
   maect-fast evaluate runs/mae runs/mae-ct data.test_root=/images/val
   torchrun --nproc-per-node 8 -m maect_fast.cli tune ...
@@ -203,6 +204,27 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="default: 1")
     plan.set_defaults(run=_plan)
 
+    pack = commands.add_parser(
+        "pack",
+        help="make images small once: a file from which training reads as fast as it can augment",
+        usage="maect-fast pack SOURCE --out FILE.pack [OPTION ...] [data.KEY=VALUE ...]",
+    )
+    pack.add_argument(
+        "source", metavar="SOURCE", help="what data.root may be: a folder, shards, tables"
+    )
+    pack.add_argument("--out", type=Path, required=True, metavar="FILE.pack")
+    pack.add_argument(
+        "--short-side",
+        type=int,
+        default=256,
+        metavar="PIXELS",
+        help="to which the short side is resized where it is longer; default: 256",
+    )
+    pack.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="processes that decode; default: 4"
+    )
+    pack.set_defaults(run=_pack)
+
     evaluate = commands.add_parser(
         "evaluate", help="k-NN, linear probe, low-shot and clustering of encoders, with a report"
     )
@@ -312,6 +334,41 @@ def _plan(options: argparse.Namespace) -> int:
             f"--gpus: expected a divisor of batch_size = {config.batch_size}, got {options.gpus}"
         )
     print(report(options.recipe, config, num_gpus=options.gpus))
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from maect_fast.data.build import open_source
+    from maect_fast.data.pack import write_pack
+    from maect_fast.training.log import progress
+    from maect_fast.training.run_directory import check_writable
+
+    source: str = options.source
+    for word in options.overrides:
+        if not word.startswith("data."):
+            raise ConfigError(f"{word}: expected data.KEY=VALUE")
+    for name, value, low in (
+        ("--short-side", options.short_side, 8),
+        ("--workers", options.workers, 0),
+    ):
+        if value < low:
+            raise ConfigError(f"{name}: expected at least {low}, got {value}")
+    check_writable(options.out, folder=False)
+    data = load_config(overrides=options.overrides).data
+    images = open_source("SOURCE", source, data, in_chans=3)
+    print(f"{printable(source)}: {images.about()}", file=sys.stderr)
+    packed = write_pack(
+        images,
+        options.out,
+        short_side=options.short_side,
+        workers=options.workers,
+        max_broken=data.max_broken,
+        progress=lambda items, total: progress(items, "pack", total=total),
+    )
+    size = options.out.stat().st_size
+    left_out = len(images) - len(packed)
+    told = f", {left_out:,} left out" if left_out else ""
+    print(f"{options.out}: {packed.about()}, {size / 1e6:,.1f} MB{told}")
     return 0
 
 

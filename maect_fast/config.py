@@ -151,12 +151,19 @@ class DataConfig:
     """Where the images come from."""
 
     source: Literal["folder", "digits", "synthetic", "dataset"] = "folder"
-    """`folder`: image files; `digits`: scikit-learn's 1,797 digits; `synthetic`: random images;
-    `dataset`: a torch Dataset that was given in Python."""
+    """`folder`: what `data.root` names; `digits`: scikit-learn's 1,797 digits; `synthetic`: random
+    images; `dataset`: a torch Dataset that was given in Python."""
     root: str | None = None
-    """Folder of training images, with or without class sub-folders."""
+    """Training images: a folder of files, with or without class sub-folders; tar shards as
+    webdataset writes them (shard-{000..009}.tar, or their folder); Parquet files, or a folder of
+    Hugging Face `datasets`."""
     test_root: str | None = None
-    """Folder of evaluation images."""
+    """Evaluation images, the same."""
+    image_column: str | None = None
+    """Column of tables that holds the images; None finds it by its type."""
+    label_column: str | None = None
+    """Column of tables that holds the labels, or their key in the .json of tar shards; None finds
+    it by type and name."""
     num_images: Annotated[int, Interval("[1, 100000000]")] = 1024
     """Size of the synthetic training set; its test set is a quarter of it."""
     workers: Annotated[int, Interval("[0, 1024]")] = 4

@@ -83,7 +83,8 @@ def test_unlabelled_folder_through_all_stages(
         assert (tuned / name).is_file()
     assert list(tuned.glob("events.out.tfevents.*"))
     line = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line.keys() == {"update", "epoch", "loss", "searched_again", "lr", "images_per_second"}
+    timed = {"images_per_second", "data_wait"}
+    assert line.keys() == {"update", "epoch", "loss", "searched_again", "lr"} | timed
     assert line["update"] == 6
     capsys.readouterr()
 

@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 from maect_fast.config import ConfigError, DataConfig, EncoderConfig
 from maect_fast.data.decode import eight_bits
 from maect_fast.data.sources import Reduction, Source, UnfitImageError
-from maect_fast.names import one_line
+from maect_fast.names import listed, one_line
 
 __all__ = ["DatasetSource", "from_dataset"]
 
@@ -41,8 +41,9 @@ def from_dataset(dataset: Any, data: DataConfig, encoder: EncoderConfig) -> "Dat
             a label is an integer, or None. An item must be the same whenever it is read: random
             views are made here, from the run's seed, so that a run resumes exactly. Labels are
             read from `targets` or `labels` where it has them, else from the items, and names from
-            `classes`; `Subset` and `ConcatDataset` are looked into.
-        data: gives the largest image that is taken, `max_pixels`.
+            `classes`; `Subset` and `ConcatDataset` are looked into. Of a Hugging Face `Dataset` the
+            columns of the types Image and ClassLabel are taken.
+        data: gives the largest image that is taken, `max_pixels`, and the names of columns.
         encoder: says to how many channels images are converted.
 
     Raises:
@@ -56,6 +57,8 @@ def from_dataset(dataset: Any, data: DataConfig, encoder: EncoderConfig) -> "Dat
         )
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         raise ConfigError(f"data: expected a Dataset that has images, {_name(dataset)} has none")
+    if hasattr(dataset, "features") and hasattr(dataset, "column_names"):
+        dataset = _Columns(dataset, data.image_column, data.label_column)
     source = DatasetSource(dataset, encoder.in_chans, data.max_pixels)
     try:
         first, again = (list(source.samples(4)) for _ in range(2))
@@ -69,6 +72,33 @@ def from_dataset(dataset: Any, data: DataConfig, encoder: EncoderConfig) -> "Dat
             "random transforms out, views are made by augment.*"
         )
     return source
+
+
+class _Columns:
+    """Two columns of a Hugging Face Dataset, as a Dataset of (image, label)."""
+
+    def __init__(self, dataset: Any, image: str | None, label: str | None) -> None:
+        kinds = {name: type(kind).__name__ for name, kind in dataset.features.items()}
+        images = [name for name, kind in kinds.items() if kind == "Image"]
+        if image is None and len(images) != 1:
+            raise ConfigError(
+                f"data: expected one column of the type Image, got {listed(images) or 'none'} of "
+                f"{listed(list(kinds))}; say which with data.image_column"
+            )
+        labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+        self.image = images[0] if image is None else image
+        self.label = label or next(iter(labels), None)
+        self.dataset = dataset
+        if self.label is not None:
+            self.targets = list(dataset[self.label])
+            self.classes = getattr(dataset.features[self.label], "names", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int | None]:
+        row = self.dataset[index]
+        return row[self.image], None if self.label is None else row[self.label]
 
 
 @dataclass(frozen=True, eq=False)

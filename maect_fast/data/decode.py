@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from abc import abstractmethod
 from typing import IO, cast
 
 import numpy as np
@@ -9,15 +10,18 @@ from PIL import Image
 from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from maect_fast.data.sources import Reduction, UnfitImageError
+from maect_fast.data.sources import ORIGINAL_SIZE, Reduction, Source, UnfitImageError
 
-__all__ = ["EXTENSIONS", "decode_image", "eight_bits"]
+__all__ = ["EXTENSIONS", "EncodedSource", "decode_image", "eight_bits"]
 
+Image.init()
+# Pillow goes by the content. Of the formats that it knows beside these, EPS runs another program,
+# some are decoded in Python, and some have no signature, so that a text can be taken for a picture.
+WANTED = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "SGI", "TIFF", "WEBP")
+FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
 EXTENSIONS = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+    extension for extension, name in Image.registered_extensions().items() if name in FORMATS
 )
-# Pillow goes by the content and knows forty more, of which EPS runs another program.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # An encoder writes about ten; each costs a pass over all coefficients, however few bytes it has.
 MAX_SCANS = 100
 # Pillow reads Netpbm's numbers in letters one by one, in about the time of so many pixels.
@@ -25,6 +29,31 @@ TEXT = 16
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH = 258, 262, 322, 323
 WHITE_IS_ZERO = 0
+
+
+class EncodedSource(Source):
+    """Images in files, or in parts of files, decoded on demand."""
+
+    channels: int
+    """Channels to decode to: 3 or 1."""
+    max_pixels: int
+    """Pixels of the largest image that is decoded."""
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of every decoded image."""
+        return self.channels
+
+    @abstractmethod
+    def open(self, index: int) -> IO[bytes]:
+        """Image `index` as an image file, at its beginning."""
+
+    def decode(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        """Read image `index`; see `decode_image`."""
+        with self.open(index) as file:
+            return decode_image(
+                file, channels=self.channels, max_pixels=self.max_pixels, reduction=reduction
+            )
 
 
 def decode_image(
@@ -63,6 +92,7 @@ def _limit(
         factor = 1 if reduction is None else reduction(width, height)
         if factor > 1:
             image.draft(None, (width // factor, height // factor))
+            image.info[ORIGINAL_SIZE] = (width, height)
         # A progressive one's coefficients are all held, whatever the scale.
         if "progressive" in image.info:
             _check_scans(file)

@@ -4,17 +4,18 @@ import hashlib
 import heapq
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from maect_fast.config import ConfigError
-from maect_fast.data.decode import EXTENSIONS, decode_image
-from maect_fast.data.sources import Reduction, Source
+from maect_fast.data.decode import EXTENSIONS, EncodedSource
+from maect_fast.data.sources import Names
 from maect_fast.names import is_utf8, listed, printable
 from maect_fast.tensor_file import open_regular
 
@@ -28,71 +29,30 @@ SIZED_FILES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
-class FolderSource(Source):
-    """Image files, decoded on demand.
-
-    The paths are one byte tensor with end positions rather than a list of strings: worker processes
-    then share them, where a list of a million strings would be copied to every worker as its
-    reference counts change.
-    """
+class FolderSource(EncodedSource):
+    """Image files."""
 
     labels: Tensor
     class_names: list[str]
-    path_bytes: Tensor
-    """All paths one after another, uint8."""
-    path_ends: Tensor
-    """[N] int64, end of each path in `path_bytes`."""
+    paths: Names
     channels: int
-    """Channels to decode to: 3 or 1."""
     max_pixels: int
-    """Pixels of the largest image that is decoded."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
-    @classmethod
-    def from_paths(
-        cls,
-        paths: Iterable[str],
-        *,
-        labels: Tensor,
-        class_names: list[str],
-        in_chans: int,
-        max_pixels: int,
-    ) -> "FolderSource":
-        """A source of the given files, in the given order."""
-        encoded = [os.fsencode(path) for path in paths]
-        return cls(
-            labels=labels,
-            class_names=class_names,
-            path_bytes=torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
-            path_ends=torch.tensor([len(path) for path in encoded]).cumsum(0),
-            channels=in_chans,
-            max_pixels=max_pixels,
-        )
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of every decoded image."""
-        return self.channels
-
-    def decode(self, index: int, reduction: Reduction | None = None) -> Image.Image:
-        """Read file `index`; see `decode_image`."""
-        with open_regular(self.name(index)) as file:
-            return decode_image(
-                file, channels=self.channels, max_pixels=self.max_pixels, reduction=reduction
-            )
+    def open(self, index: int) -> IO[bytes]:
+        """File `index`."""
+        return open_regular(self.name(index))
 
     def name(self, index: int) -> str:
         """The path of file `index`."""
-        start = int(self.path_ends[index - 1]) if index else 0
-        return os.fsdecode(self.path_bytes[start : int(self.path_ends[index])].numpy().tobytes())
+        return self.paths[index]
 
     def _digest(self, root: str | None) -> str:
         """Of all names below `root`, and of the sizes of 10,000 files spread over them."""
         above = len(os.fsencode(os.path.join(root, ""))) if root else 0
-        paths, ends = self.path_bytes.numpy().tobytes(), self.path_ends.tolist()
         digest = hashlib.sha256()
-        step = -(-len(ends) // SIZED_FILES)
-        for index, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            path = paths[start:end]
+        step = -(-len(self) // SIZED_FILES)
+        for index, path in enumerate(self.paths.encoded()):
             digest.update(path[above:] + b"\0")
             if index % step == 0:
                 digest.update(b"%d\0" % os.stat(path).st_size)
@@ -114,7 +74,7 @@ def open_folder(
     Raises:
         ConfigError: no folder, no image in it, or a class that is not `known`.
     """
-    files = _list_images(key, root)
+    files, ignored = _list_images(key, root)
     class_names = list(known) if known and _top_folders(files) else []
     if known:
         unknown = [name for name in _top_folders(files) if name not in known]
@@ -126,17 +86,18 @@ def open_folder(
         class_names = _classes(files)
     number = {name: label for label, name in enumerate(class_names)}
     labels = [number[file.split(os.sep, 1)[0]] if class_names else -1 for file in files]
-    return FolderSource.from_paths(
-        (os.path.join(str(root), file) for file in files),
+    return FolderSource(
         labels=torch.tensor(labels),
         class_names=class_names,
-        in_chans=in_chans,
+        paths=Names.of(os.path.join(str(root), file) for file in files),
+        channels=in_chans,
         max_pixels=max_pixels,
+        ignored=ignored,
     )
 
 
-def _list_images(key: str, root: str | None) -> list[str]:
-    """All image files below `root`, relative to it, sorted."""
+def _list_images(key: str, root: str | None) -> tuple[list[str], dict[str, int]]:
+    """All image files below `root`, relative to it, sorted; and other files by their suffix."""
     if root is None:
         raise ConfigError(
             f"{key}: expected a folder of images, got none; pass {key}=/path/to/images"
@@ -146,10 +107,9 @@ def _list_images(key: str, root: str | None) -> list[str]:
             f"{key}: there is no folder {root!r}; pass {key}=/path/to/images"
             " (or data.source=digits for images that need no files)"
         )
-
     if not is_utf8(root):
         raise ConfigError(f"{key}: expected a path in UTF-8, got {printable(root)!r}")
-    files, odd, repeated = _walk(key, root)
+    files, odd, repeated, ignored = _walk(key, root)
     for names, kind in (
         (odd, "pipes, sockets, devices, links that lead nowhere"),
         (repeated, "links to a folder that is listed already, or that is around them"),
@@ -161,10 +121,10 @@ def _list_images(key: str, root: str | None) -> list[str]:
             f"{key}: no image in {root!r} or below; expected files that end in"
             f" {', '.join(sorted(EXTENSIONS))}"
         )
-    return sorted(files)
+    return sorted(files), ignored
 
 
-def _walk(key: str, root: str) -> tuple[list[str], list[str], list[str]]:
+def _walk(key: str, root: str) -> tuple[list[str], list[str], list[str], dict[str, int]]:
     """All image files below `root`, relative to it, and the names left out of the list.
 
     Each real directory is listed once, under its own path if that lies below `root`, else under the
@@ -172,8 +132,10 @@ def _walk(key: str, root: str) -> tuple[list[str], list[str], list[str]]:
     not meant.
 
     Returns:
-        Regular files; names that end like images and are none; links not followed.
+        Regular files; names that end like images and are none; links not followed; the number of
+        other files of each suffix.
     """
+    ignored: Counter[str] = Counter()
     files: list[str] = []
     odd: list[str] = []
     repeated: list[str] = []
@@ -208,9 +170,13 @@ def _walk(key: str, root: str) -> tuple[list[str], list[str], list[str]]:
                         repeated.append(path)
                     else:
                         heapq.heappush(links, path)
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    continue
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if suffix in EXTENSIONS:
                     (files if _holds(entry.is_file) else odd).append(path)
-    return files, odd, repeated
+                else:
+                    ignored[suffix] += 1
+    return files, odd, repeated, dict(ignored)
 
 
 def _holds(check: Callable[[], bool]) -> bool:

@@ -180,7 +180,7 @@ def _run(
     check = FeatureCheck(config, loader.source, updates_per_epoch=loader.updates_per_epoch)
     lines += on_first_rank(world, check.prepare)
     if world.rank == 0:
-        for line in [*lines, *_warnings(config, loader)]:
+        for line in [loader.source.about(), *lines, *_warnings(config, loader)]:
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)
         record.write_config(config, out)
     save = partial(save_run, state, world, out, record, meter)
@@ -223,6 +223,8 @@ def _loop(
         while state.update < state.total:
             epoch, position = divmod(state.update, loader.updates_per_epoch)
             batches = profile.batches(loader.batches(epoch, position), state.update)
+            if not loader.is_in_memory:
+                batches = meter.waiting(batches)
             for batch in stop.awaiting(batches):
                 meter.add(update(batch))
                 log.advance()

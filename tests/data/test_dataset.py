@@ -228,7 +228,7 @@ def test_what_is_defined_in_a_notebook_goes_to_workers_by_value(
     monkeypatch.setattr(Items, "__module__", "__main__")
     source.check_workers()
     content = bytes(ForkingPickler.dumps(source))
-    del notebook.Items  # type: ignore[attr-defined]
+    del notebook.Items
     copy = pickle.loads(content)
     assert type(copy.dataset) is not Items
     assert copy.decode(0).tobytes() == source.decode(0).tobytes()
