@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,71 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([1, 64])\n"
     assert (tmp_path / "started").read_text() == "x"
+
+
+CELL = """
+import torch
+from torch.utils.data import TensorDataset
+
+import maect_fast
+
+class Cells(TensorDataset):
+    def __getitem__(self, index):
+        return transform(super().__getitem__(index)[0])
+
+transform = lambda item: item
+pixels = torch.arange(64 * 64).view(64, 1, 8, 8).to(torch.uint8)
+run = maect_fast.pretrain(
+    {"root": Cells(pixels), "workers": 1}, out="mae", recipe="digits", epochs=10_000, batch_size=32,
+    threads=1, save_minutes=60, encoder={"embed_dim": 16, "depth": 1, "num_heads": 2},
+)
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_is_interrupted_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a Dataset that a cell defines, in worker processes."""
+    manager = pytest.importorskip("jupyter_client.manager")
+    # Kernels of a virtual environment that is not activated, too.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    kernel, client = manager.start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    try:
+        client.execute(CELL)
+        metrics = tmp_path / "mae" / "metrics.jsonl"
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        kernel.interrupt_kernel()
+        stopped = client.get_shell_msg(timeout=120)["content"]
+        assert stopped["ename"] == "KeyboardInterrupt"
+        done = load_checkpoint(last_checkpoint(tmp_path / "mae"))["update"]
+        assert done >= 1
+        shorter = (
+            f"run = maect_fast.pretrain(Cells(pixels), out='mae', change={{'epochs': {done}}})"
+        )
+        client.execute(f"{shorter}\nassert run.load().encode(pixels).shape == (64, 16)")
+        finished = client.get_shell_msg(timeout=300)["content"]
+        assert finished["status"] == "ok", finished
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    assert load_checkpoint(last_checkpoint(tmp_path / "mae"))["update"] == 2 * done
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_documentation(tmp_path: Path) -> None:
+    client = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    path = Path(__file__).parents[1] / "docs" / "notebooks" / "from_folder_to_clusters.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    text = "".join(output.get("text", "") for output in outputs)
+    purity = float(text.rpartition("purity: ")[2].split()[0])
+    # By chance it is 0.2.
+    assert purity > 0.5
