@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from maect_fast.checkpoint import random_states, set_random_states
 from maect_fast.config import Config, ConfigError, Stage
 from maect_fast.data import DatasetSource, Source
 from maect_fast.data.augment import to_normalized
@@ -214,19 +215,25 @@ def _train(
         given, dataset = {"source": "folder", **given}, None
     elif dataset is not None:
         given = {**given, "root": None, "source": "dataset"}
-    stopped_by = start_run(
-        stage,
-        Path(out),
-        recipe=recipe,
-        init=_path(init),
-        decoder=_path(decoder),
-        from_scratch=from_scratch,
-        overrides=[*_words({"data": given}), *_words(settings)],
-        change=list(_words(change or {})),
-        restart=restart,
-        capture=capture,
-        dataset=dataset,
-    )
+    # A run sets both, and its caller goes on with its own.
+    num_threads, generators = torch.get_num_threads(), random_states()
+    try:
+        stopped_by = start_run(
+            stage,
+            Path(out),
+            recipe=recipe,
+            init=_path(init),
+            decoder=_path(decoder),
+            from_scratch=from_scratch,
+            overrides=[*_words({"data": given}), *_words(settings)],
+            change=list(_words(change or {})),
+            restart=restart,
+            capture=capture,
+            dataset=dataset,
+        )
+    finally:
+        torch.set_num_threads(num_threads)
+        set_random_states(generators)
     if stopped_by:
         name = signal.Signals(stopped_by).name
         print(f"stopped by {name} and saved; the same call continues {out}")  # noqa: T201

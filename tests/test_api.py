@@ -83,7 +83,11 @@ def test_an_interrupt_saves_and_the_same_call_goes_on_to_the_same_bits(
             **{**SHORT, "epochs": 2},
         )
 
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
     whole = tune("whole")
+    # The caller's own.
+    assert torch.equal(torch.get_rng_state(), state)
     assert [line["update"] for line in whole.metrics] == [1, 2, 3, 4, 5, 6]
     assert "nn_accuracy" in whole.metrics[0]
     with monkeypatch.context() as patch:

@@ -62,7 +62,7 @@ def test_a_run_may_be_told_not_to_capture(tmp_path: Path, monkeypatch: pytest.Mo
         found.append(capture)
         return 0
 
-    monkeypatch.setattr("maect_fast.training.engine.run_stage", noted)
+    monkeypatch.setattr("maect_fast.training.start.run_stage", noted)
     command = ["pretrain", "--recipe", "digits", "--out", str(tmp_path)]
     assert main(command) == main([*command, "--no-capture"]) == 0
     assert found == [True, False]

@@ -59,10 +59,13 @@ def start_run(
     Raises:
         ConfigError: options that do not go together, besides what `run_stage` raises.
     """
+    layer = None if recipe is None else load_recipe(recipe, stage)
     last = last_checkpoint(out)
     own = peek_checkpoint(last) if last.exists() and not restart else None
     if own is None and not restart:
         check_last(out)
+    if own is None and recipe is None and init is None:
+        raise ConfigError(f"{out}: no run to continue there; start one with --recipe NAME")
     if init is not None and from_scratch:
         raise ConfigError("--init, --from-scratch: expected one of them, got both")
     if own is not None and from_scratch:
@@ -80,15 +83,15 @@ def start_run(
     inherited: dict[str, Any] = {}
     if own is not None:
         # config.yaml is for people: this is what the run goes by.
-        layers = [own["config"]]
-        if recipe is not None:
-            layers = [load_recipe(recipe, stage), _nested(_handed_on(own, out))]
+        layers: list[Any] = [own["config"]]
+        if layer is not None:
+            layers = [layer, _nested(_handed_on(own, out))]
         config = load_config(*layers, overrides=words)
     else:
         before = None if init is None else _peek_run(init)
-        if recipe is None:
-            recipe = _recipe_of(stage, out, init, before)
-        layer = load_recipe(recipe, stage)
+        if layer is None:
+            recipe = _recipe_of(stage, init, before)
+            layer = load_recipe(recipe, stage)
         handed = {} if init is None or before is None else _handed_on(before, init)
         config = load_config(layer, _nested(handed), overrides=words)
         inherited = _effective(handed, config, merge_config(layer), words)
@@ -120,10 +123,10 @@ def _record(state: dict[str, Any], run: Path) -> RunRecord:
         return RunRecord.read(state.get("record", {}))
 
 
-def _recipe_of(stage: Stage, out: Path, init: Path | None, before: dict[str, Any] | None) -> str:
+def _recipe_of(stage: Stage, init: Path | None, before: dict[str, Any] | None) -> str:
     """The recipe of the run `init`, whose last checkpoint is `before`."""
     if init is None or before is None:
-        raise ConfigError(f"{out}: no run to continue there; start one with --recipe NAME")
+        raise ConfigError(f"{init}: a file says no recipe; give --recipe NAME")
     recipe = _record(before, init).recipe
     if recipe is None:
         raise ConfigError(f"{init}: the run does not say its recipe; give --recipe NAME")

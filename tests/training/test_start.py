@@ -123,7 +123,8 @@ def test_a_recipe_is_needed_where_none_is_known(
 
     file = tmp_path / "encoder.pth"
     torch.save({}, file)
-    assert "no run to continue there; start one with --recipe NAME" in error("--init", str(file))
+    assert "no run to continue there; start one with --recipe NAME" in error()
+    assert f"{file}: a file says no recipe; give --recipe NAME" in error("--init", str(file))
     assert "no such checkpoint" in error("--init", str(tmp_path))
     mae = tmp_path / "mae"
     command = ["pretrain", "--recipe", str(recipes["pretrain"]), "--out", str(mae), "epochs=1"]
