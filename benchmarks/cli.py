@@ -43,6 +43,7 @@ examples:
   maect-fast bench table runs/bench/<device>            the results as Markdown
   maect-fast bench plot runs/bench/<device>             the pictures again, from the CSV files
   maect-fast bench step --recipe digits                 images/s and MFU of training updates
+  maect-fast bench loader --recipe l16 data.root=DIR    images/s of loading, and what limits them
   maect-fast bench check                                is every op right on this device?
   maect-fast bench trace --op masked_attention          what an op launches
 """
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "maect-fast benc
         "table": _table,
         "step": _step,
         "host": _host,
+        "loader": _loader,
     }
     try:
         if words and words[0] in commands:
@@ -316,6 +318,12 @@ def _step(words: Sequence[str]) -> int:
     from maect_fast.benchmarks import step
 
     return step.main(words)
+
+
+def _loader(words: Sequence[str]) -> int:
+    from maect_fast.benchmarks import loader
+
+    return loader.main(words)
 
 
 def _line(rows: Sequence[Row]) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 from maect_fast import __version__
 from maect_fast.config import ConfigError, Stage, load_config, load_recipe
@@ -25,6 +24,7 @@ examples:
   maect-fast pretrain --recipe l16 --out runs/mae data.root=/images/train
   maect-fast prepare-head --recipe l16 --init runs/mae --out runs/head data.root=/images/train
   maect-fast tune --recipe l16 --init runs/head --out runs/mae-ct data.root=/images/train
+  maect-fast pack /images/train --out train.pack
   maect-fast plan --recipe h14 batch_size=512
   maect-fast evaluate runs/mae runs/mae-ct data.test_root=/images/val
   torchrun --nproc-per-node 8 -m maect_fast.cli tune ...
@@ -147,23 +147,24 @@ def _parser() -> argparse.ArgumentParser:
             "--recipe",
             metavar="NAME",
             help="b16, l16, h16, h14, those with -aug, digits, or a YAML file; "
-            "not needed to continue a run",
+            "not needed to continue a run, or with --init RUN: that run's",
         )
         train.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory")
         train.add_argument(
             "--init",
             type=Path,
             metavar="PATH",
-            help="run directory of the stage before, or a file with an encoder's weights",
+            help="run directory of the stage before, whose images and given encoder, augmentation "
+            "and head sizes the run inherits, or a file with an encoder's weights",
         )
         train.add_argument(
             "--change",
             action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="continue the run with this setting changed, and record it there (rates and other "
-            "optim.*, precision, augment.*, temperature, top-k, mask ratio); data.root accepts "
-            "other images",
+            help="continue the run with this setting changed, and record it there (epochs, rates "
+            "and other optim.*, precision, augment.*, temperature, top-k, mask ratio); data.root "
+            "accepts other images",
         )
         train.add_argument(
             "--restart",
@@ -202,6 +203,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="default: 1")
     plan.set_defaults(run=_plan)
+
+    pack = commands.add_parser(
+        "pack",
+        help="make images small once: a file from which training reads as fast as it can augment",
+        usage="maect-fast pack SOURCE --out FILE.pack [OPTION ...] [data.KEY=VALUE ...]",
+    )
+    pack.add_argument(
+        "source", metavar="SOURCE", help="what data.root may be: a folder, shards, tables"
+    )
+    pack.add_argument("--out", type=Path, required=True, metavar="FILE.pack")
+    pack.add_argument(
+        "--short-side",
+        type=int,
+        default=256,
+        metavar="PIXELS",
+        help="to which the short side is resized where it is longer; default: 256",
+    )
+    pack.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="processes that decode; default: 4"
+    )
+    pack.set_defaults(run=_pack)
 
     evaluate = commands.add_parser(
         "evaluate", help="k-NN, linear probe, low-shot and clustering of encoders, with a report"
@@ -272,56 +294,22 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from maect_fast.checkpoint import peek_checkpoint
-    from maect_fast.training.engine import run_stage
-    from maect_fast.training.run_directory import check_last
-    from maect_fast.training.stages import last_checkpoint
+    from maect_fast.training.start import start_run
 
     stage: Stage = options.command
-    out: Path = options.out
-    continues = last_checkpoint(out).exists() and not options.restart
-    if options.recipe is not None:
-        layer: Any = load_recipe(options.recipe, stage)
-    elif continues:
-        # config.yaml is for people: this is what the run goes by.
-        layer = peek_checkpoint(last_checkpoint(out))["config"]
-    else:
-        if not options.restart:
-            check_last(out)
-        raise ConfigError(f"{out}: no run to continue there; start one with --recipe NAME")
-    config = load_config(layer, overrides=[*options.overrides, *options.change])
-    if config.stage != stage:
-        raise ConfigError(f"stage: the command is {stage}, the recipe is for {config.stage}")
-    from_scratch = stage != "pretrain" and options.from_scratch
-    if options.init is not None and from_scratch:
-        raise ConfigError("--init, --from-scratch: expected one of them, got both")
-    if continues and from_scratch:
-        record = peek_checkpoint(last_checkpoint(out)).get("record", {})
-        if record.get("init") is not None:
-            raise ConfigError(
-                f"--from-scratch: the run in {out} was started from {record['init']['path']}; "
-                "continue it without this option, or choose another --out"
-            )
-    if options.init is None and not from_scratch and stage != "pretrain" and not continues:
-        if not options.restart:
-            check_last(out)
-        raise ConfigError(
-            f"--init: {stage} starts from the stage before (or give --from-scratch for a control)"
-        )
-    decoder = options.decoder if stage == "tune" else None
-    if decoder is not None and config.reconstruction_weight == 0:
-        raise ConfigError("--decoder: expected with reconstruction_weight above 0, which uses it")
-    stopped_by = run_stage(
-        config,
-        out,
-        init=options.init,
-        decoder=decoder,
-        capture=not options.no_capture,
-        restart=options.restart,
-        change=[word.partition("=")[0] for word in options.change],
+    stopped_by = start_run(
+        stage,
+        options.out,
         recipe=options.recipe,
+        init=options.init,
+        decoder=options.decoder if stage == "tune" else None,
+        from_scratch=stage != "pretrain" and options.from_scratch,
+        overrides=options.overrides,
+        change=options.change,
+        restart=options.restart,
+        capture=not options.no_capture,
     )
-    return _stopped(stopped_by, out)
+    return _stopped(stopped_by, options.out)
 
 
 def _stopped(by: int, out: Path) -> int:
@@ -346,6 +334,41 @@ def _plan(options: argparse.Namespace) -> int:
             f"--gpus: expected a divisor of batch_size = {config.batch_size}, got {options.gpus}"
         )
     print(report(options.recipe, config, num_gpus=options.gpus))
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from maect_fast.data.build import open_source
+    from maect_fast.data.pack import write_pack
+    from maect_fast.training.log import progress
+    from maect_fast.training.run_directory import check_writable
+
+    source: str = options.source
+    for word in options.overrides:
+        if not word.startswith("data."):
+            raise ConfigError(f"{word}: expected data.KEY=VALUE")
+    for name, value, low in (
+        ("--short-side", options.short_side, 8),
+        ("--workers", options.workers, 0),
+    ):
+        if value < low:
+            raise ConfigError(f"{name}: expected at least {low}, got {value}")
+    check_writable(options.out, folder=False)
+    data = load_config(overrides=options.overrides).data
+    images = open_source("SOURCE", source, data, in_chans=3)
+    print(f"{printable(source)}: {images.about()}", file=sys.stderr)
+    packed = write_pack(
+        images,
+        options.out,
+        short_side=options.short_side,
+        workers=options.workers,
+        max_broken=data.max_broken,
+        progress=lambda items, total: progress(items, "pack", total=total),
+    )
+    size = options.out.stat().st_size
+    left_out = len(images) - len(packed)
+    told = f", {left_out:,} left out" if left_out else ""
+    print(f"{options.out}: {packed.about()}, {size / 1e6:,.1f} MB{told}")
     return 0
 
 

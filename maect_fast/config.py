@@ -32,6 +32,7 @@ __all__ = [
     "ViewConfig",
     "load_config",
     "load_recipe",
+    "merge_config",
     "profile_window",
     "save_config",
 ]
@@ -39,6 +40,18 @@ __all__ = [
 Stage = Literal["pretrain", "prepare-head", "tune"]
 
 RECIPES = Path(__file__).parent / "recipes"
+
+# What other programs call it.
+ACCUMULATION = {
+    "accum_iter",
+    "accumulate",
+    "accumulate_grad_batches",
+    "accumulation_steps",
+    "grad_accum",
+    "grad_accum_steps",
+    "gradient_accumulation",
+    "gradient_accumulation_steps",
+}
 
 
 class ConfigError(UserError, ValueError):
@@ -137,12 +150,20 @@ class HeadConfig:
 class DataConfig:
     """Where the images come from."""
 
-    source: Literal["folder", "digits", "synthetic"] = "folder"
-    """`folder`: image files; `digits`: scikit-learn's 1,797 digits; `synthetic`: random images."""
+    source: Literal["folder", "digits", "synthetic", "dataset"] = "folder"
+    """`folder`: what `data.root` names; `digits`: scikit-learn's 1,797 digits; `synthetic`: random
+    images; `dataset`: a torch Dataset that was given in Python."""
     root: str | None = None
-    """Folder of training images, with or without class sub-folders."""
+    """Training images: a folder of files, with or without class sub-folders; tar shards as
+    webdataset writes them (shard-{000..009}.tar, or their folder); Parquet files, or a folder of
+    Hugging Face `datasets`."""
     test_root: str | None = None
-    """Folder of evaluation images."""
+    """Evaluation images, the same."""
+    image_column: str | None = None
+    """Column of tables that holds the images; None finds it by its type."""
+    label_column: str | None = None
+    """Column of tables that holds the labels, or their key in the .json of tar shards; None finds
+    it by type and name."""
     num_images: Annotated[int, Interval("[1, 100000000]")] = 1024
     """Size of the synthetic training set; its test set is a quarter of it."""
     workers: Annotated[int, Interval("[0, 1024]")] = 4
@@ -231,13 +252,15 @@ class Config:
     seed: Annotated[int, Interval("[0, 9007199254740991]")] = 5
     """Seed of everything random in the run."""
     epochs: Count = 20
-    """Passes over the training images."""
+    """Passes over the training images. `--change epochs=N` makes a run longer, also a finished one:
+    from there on its rates are those of a run of N epochs from the start."""
     batch_size: Annotated[int, Interval("[2, 16777216]")] = 1024
     """Images per update over all ranks; each gives num_views views."""
     chunk_size: Annotated[int, Interval("[0, 16777216]")] | None = None
-    """Images of a process whose activations are in memory at a time; None or 0 is all of them. With
-    chunks the trained blocks run twice, and the update is the same to rounding: for a batch that is
-    larger than the GPU; `maect-fast plan` says which size fits."""
+    """Images of a process whose activations are in memory at a time; None or 0 is all of them. This
+    is gradient accumulation for a loss that sees the whole batch: with chunks the trained blocks
+    run twice, and the update is the same to rounding, for a batch that is larger than the GPU;
+    `maect-fast plan` says which size fits."""
     num_views: Annotated[int, Interval("[1, 64]")] = 2
     """Random crops per image and update."""
     mask_ratio: BelowOne = 0.75
@@ -264,6 +287,11 @@ class Config:
     """Updates between two lines of metrics."""
     checkpoint_every: Count = 10
     """Epochs between two checkpoints that are kept; the last epoch is always saved."""
+    knn_every: Annotated[int, Interval("[0, 1000000000]")] = 0
+    """Epochs between two measurements of the encoder's features, and one at the end; 0 takes none.
+    With classes it is k-NN accuracy on the test images (without any on a tenth of the training
+    images), without classes how well two views agree about their neighbours; of at most 10,000
+    images beside a gallery of at most 50,000."""
     save_minutes: Annotated[float, Interval("[0, 1000000]")] = 10.0
     """Minutes between two saves of the checkpoint from which the run would resume."""
     rank_timeout: Annotated[float, Interval("[1, 1000000]")] = 20.0
@@ -313,6 +341,17 @@ def load_config(*layers: DictConfig | dict[str, Any], overrides: Sequence[str] =
         ConfigError: unknown key, wrong type, a number out of its interval, or values that cannot
             work together.
     """
+    config = merge_config(*layers, overrides=overrides)
+    _check(config)
+    return config
+
+
+def merge_config(*layers: DictConfig | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """`load_config` of what need not work by itself, such as a recipe that leaves a value open.
+
+    Raises:
+        ConfigError: unknown key or wrong type.
+    """
     merged = OmegaConf.structured(Config)
     for layer in layers:
         with _errors_named():
@@ -323,9 +362,7 @@ def load_config(*layers: DictConfig | dict[str, Any], overrides: Sequence[str] =
         with _errors_named(key):
             merged = OmegaConf.merge(merged, _literal(value))
     with _errors_named():
-        config = cast("Config", OmegaConf.to_object(merged))
-    _check(config)
-    return config
+        return cast("Config", OmegaConf.to_object(merged))
 
 
 def profile_window(profile: str | None) -> range:
@@ -358,6 +395,11 @@ def _errors_named(key: str = "configuration") -> Iterator[None]:
         yield
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or key
+        if name.rpartition(".")[2] in ACCUMULATION:
+            raise ConfigError(
+                f"{name}: unknown key: use chunk_size, which is gradient accumulation here: "
+                "batch_size is the whole batch, chunk_size the images of it in memory at a time"
+            ) from None
         raise ConfigError(f"{name}: {_one_line(error)}{_known_keys(error)}") from None
 
 
@@ -418,10 +460,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _known_keys(error: OmegaConfBaseException) -> str:
-    """Name the keys that would have been valid where an unknown one was given."""
+    """Name the keys that would have been valid where an unknown one was given like none of them."""
     node = getattr(error, "object_type", None)
     fields = getattr(node, "__dataclass_fields__", None)
-    unknown = type(error).__name__ == "ConfigKeyError"
+    unknown = type(error).__name__ == "ConfigKeyError" and "Did you mean" not in str(error)
     return f"; expected one of: {', '.join(fields)}" if unknown and fields else ""
 
 
@@ -443,6 +485,12 @@ def _check(config: Config) -> None:
             "num_views",
             "2 (the contrastive loss crosses two views)",
             config.num_views,
+        ),
+        (
+            config.knn_every == 0 or config.stage != "prepare-head",
+            "knn_every",
+            "0 in prepare-head, which does not train the encoder",
+            config.knn_every,
         ),
         (
             config.frozen_precision == "same" or _freezes(config),

@@ -62,7 +62,7 @@ def test_a_run_may_be_told_not_to_capture(tmp_path: Path, monkeypatch: pytest.Mo
         found.append(capture)
         return 0
 
-    monkeypatch.setattr("maect_fast.training.engine.run_stage", noted)
+    monkeypatch.setattr("maect_fast.training.start.run_stage", noted)
     command = ["pretrain", "--recipe", "digits", "--out", str(tmp_path)]
     assert main(command) == main([*command, "--no-capture"]) == 0
     assert found == [True, False]
@@ -83,7 +83,8 @@ def test_unlabelled_folder_through_all_stages(
         assert (tuned / name).is_file()
     assert list(tuned.glob("events.out.tfevents.*"))
     line = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line.keys() == {"update", "epoch", "loss", "searched_again", "lr", "images_per_second"}
+    timed = {"images_per_second", "data_wait"}
+    assert line.keys() == {"update", "epoch", "loss", "searched_again", "lr"} | timed
     assert line["update"] == 6
     capsys.readouterr()
 

@@ -139,3 +139,9 @@ def settings_of(node: Any, key: str = "") -> list[str]:
     names = (field.name for field in dataclasses.fields(node))
     parts = ((f"{key}.{name}".removeprefix("."), getattr(node, name)) for name in names)
     return [k for name, part in parts for k in settings_of(part, name)]
+
+
+@pytest.mark.parametrize("key", ["accumulate", "accum_iter", "optim.grad_accum"])
+def test_gradient_accumulation_is_called_chunk_size(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: unknown key: use chunk_size, which is gradie"):
+        load_config(overrides=[f"{key}=4"])

@@ -25,6 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from maect_fast.config import AugmentConfig, ViewConfig
+from maect_fast.data.sources import original_size
 from maect_fast.kernels._common.philox import philox_uniform
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "finish_views",
     "image_views",
     "num_draws",
+    "reduction_to",
     "tensor_views",
     "to_normalized",
     "view_reduction",
@@ -219,15 +221,15 @@ def view_reduction(width: int, height: int, augment: AugmentConfig, img_size: in
     """
     low, high = augment.ratio
     smallest = math.sqrt(augment.scale[0] * width * height * min(low, 1 / high))
-    return _reduction(width, height, min(smallest, width, height) / img_size)
+    return reduction_to(width, height, min(smallest, width, height) / img_size)
 
 
 def eval_reduction(width: int, height: int, img_size: int) -> int:
     """The same for `eval_pixels`, which takes the whole image at a short side of S * 256 / 224."""
-    return _reduction(width, height, min(width, height) / int(img_size * EVAL_RESIZE))
+    return reduction_to(width, height, min(width, height) / int(img_size * EVAL_RESIZE))
 
 
-def _reduction(width: int, height: int, most: float) -> int:
+def reduction_to(width: int, height: int, most: float) -> int:
     """The largest factor up to `most` that divides both sides: else the picture would shift."""
     factors = (f for f in (8, 4, 2) if f <= most and width % f == height % f == 0)
     return next(factors, 1)
@@ -238,7 +240,9 @@ def image_views(
 ) -> NDArray[np.uint8]:
     """Views of one decoded image: rotation, crop, flip, photometric changes.
 
-    Order and meaning are the official ones: RandomResizedCrop (bicubic), flip, colour jitter in
+    Boxes are those of the original image, also where the given one is smaller, so that how an image
+    is stored changes a view by no more than its resampling. Order and meaning are the official
+    ones: RandomResizedCrop (bicubic), flip, colour jitter in
     random order, Gaussian blur with Pillow's radius, grey, solarize from 128. Contrast, noise and
     normalisation are left to `finish_views`.
 
@@ -252,9 +256,10 @@ def image_views(
         [V, S, S, C] uint8.
     """
     changes = augment.views or [ViewConfig()] * len(draws)
+    width, height = original_size(image)
     views = []
     for numbers, change in zip(draws, changes, strict=True):
-        top, left, height, width = crop_box(numbers, image.height, image.width, augment)
+        box = _scaled(crop_box(numbers, height, width, augment), (width, height), image.size)
         flip, rotation = numbers[GEOMETRY][:2]
         view = image
         if augment.rotation:
@@ -262,16 +267,40 @@ def image_views(
                 image,
                 math.degrees((2 * rotation - 1) * augment.rotation),
                 interpolation=BICUBIC,
-                center=[left + width / 2, top + height / 2],
+                center=[(box[0] + box[2]) / 2, (box[1] + box[3]) / 2],
             )
-        view = transforms.resized_crop(
-            view, top, left, height, width, [img_size, img_size], interpolation=BICUBIC
-        )
+        view = _resized_crop(view, box, img_size)
         if flip < augment.flip:
             view = transforms.horizontal_flip(view)
         view = _photometric(view, numbers, change)
         views.append(np.asarray(view).reshape(img_size, img_size, -1))
     return np.stack(views)
+
+
+def _scaled(
+    box: tuple[int, int, int, int], size: tuple[int, int], stored: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom, in the pixels of the stored image.
+
+    Args:
+        box: top, left, height and width in the original image.
+        size: width and height of that.
+        stored: width and height of the stored image.
+    """
+    top, left, height, width = box
+    x, y = stored[0] / size[0], stored[1] / size[1]
+    return left * x, top * y, (left + width) * x, (top + height) * y
+
+
+def _resized_crop(
+    image: Image.Image, box: tuple[float, float, float, float], img_size: int
+) -> Image.Image:
+    """The box at S x S pixels (bicubic), from no more pixels than it touches."""
+    left, top = math.floor(box[0]), math.floor(box[1])
+    right, bottom = min(math.ceil(box[2]), image.width), min(math.ceil(box[3]), image.height)
+    inner = (box[0] - left, box[1] - top, min(box[2], right) - left, min(box[3], bottom) - top)
+    part = image.crop((left, top, right, bottom))
+    return part.resize((img_size, img_size), Image.Resampling.BICUBIC, box=inner)
 
 
 def _photometric(view: Image.Image, numbers: Draws, change: ViewConfig) -> Image.Image:

@@ -37,6 +37,8 @@ MAX_HEADS = 6
 CURVES = {
     "loss": "loss",
     "nn_accuracy": "neighbour accuracy",
+    "knn": "k-NN accuracy",
+    "view_agreement": "agreement of views",
     "lr": "largest learning rate",
     "images_per_second": "images / s",
 }
@@ -80,7 +82,7 @@ def plot_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
                 continue
             _curve(ax, points)
             ax.set_ylabel(CURVES[key])
-            if key == "nn_accuracy":
+            if key in ("nn_accuracy", "knn", "view_agreement"):
                 ax.set_ylim(0, 1.02)
             if key == "lr":
                 ax.ticklabel_format(axis="y", scilimits=(0, 0))

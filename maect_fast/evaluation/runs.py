@@ -1,10 +1,12 @@
 """From run directories to features: which weights a run's evaluation looks at."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from math import isqrt
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +27,14 @@ from maect_fast.training.stages import load_module, load_state, part
 
 __all__ = [
     "Extracted",
+    "Show",
     "Split",
     "Weights",
     "load_run",
     "run_encoder",
     "run_pretrain_model",
+    "source_features",
+    "source_views",
     "split_features",
     "view_features",
     "weights_line",
@@ -39,8 +44,17 @@ EVAL_BATCH = 256
 # Half-lives below which more than an eighth of an average is what the run started from.
 FEW = 3
 
+T = TypeVar("T")
+
 Split = Literal["train", "test"]
 Weights = Literal["ema", "model"]
+
+
+class Show(Protocol):
+    """What shows how far it is, as `progress` does."""
+
+    def __call__(self, items: Iterable[T], title: str, *, total: int) -> Iterator[T]:
+        """Pass the items through."""
 
 
 class Extracted(NamedTuple):
@@ -171,6 +185,28 @@ def split_features(
     `title` is that of the progress bar.
     """
     source = build_source(config.data, config.encoder, split=split)
+    return source_features(source, config, encoder, title=f"{title} {split} images".strip())
+
+
+def source_features(
+    source: Source,
+    config: Config,
+    encoder: nn.Module | None,
+    *,
+    title: str,
+    indices: Sequence[int] | None = None,
+    show: Show = progress,
+) -> Extracted:
+    """`split_features` of a source's images, or of some of them.
+
+    Args:
+        source: the images.
+        config: how they are normalised, and how features are pooled.
+        encoder: see `extract_features`; None for raw pixels.
+        title: of the progress bar.
+        indices: of the images that are taken, in this order.
+        show: the progress bar.
+    """
     batches = eval_batches(
         source,
         config.augment,
@@ -178,14 +214,15 @@ def split_features(
         batch_size=EVAL_BATCH,
         workers=config.data.workers,
         max_broken=config.data.max_broken,
+        indices=indices,
     )
-    shown = progress(batches, f"{title} {split} images".strip(), total=len(batches))
+    passed = show(batches, title, total=len(batches))
     if encoder is None:
-        features = raw_pixels(shown, mean=config.augment.mean, std=config.augment.std)
+        features = raw_pixels(passed, mean=config.augment.mean, std=config.augment.std)
     else:
         features = extract_features(
             encoder,
-            shown,
+            passed,
             pooling=config.head.pooling,
             device=next(encoder.parameters()).device,
             precision=config.precision,
@@ -206,30 +243,47 @@ def view_features(
         title: of the progress bar.
     """
     source = build_source(config.data, config.encoder, split="test")
+    return source_views(source, config, encoder, augment, seed=seed, title=f"{title} views".strip())
+
+
+def source_views(
+    source: Source,
+    config: Config,
+    encoder: nn.Module,
+    augment: AugmentConfig,
+    *,
+    seed: int,
+    title: str,
+    limit: int | None = None,
+    show: Show = progress,
+) -> Views:
+    """`view_features` of a source's images, or of a seeded choice of at most `limit` of them."""
     own = config.augment
+    number = min(len(source), limit or len(source))
     # Batches as equal as can be: a loader drops a tail.
-    count = -(-len(source) // EVAL_BATCH)
+    count = -(-number // EVAL_BATCH)
     loader = Loader(
         source,
         dataclasses.replace(augment, views=augment.views[:2], mean=own.mean, std=own.std),
         num_views=2,
-        batch_size=len(source) // count,
+        batch_size=number // count,
         img_size=config.encoder.img_size,
         seed=seed,
         workers=config.data.workers,
         max_broken=config.data.max_broken,
     )
-    both = (
-        (batch.views.flatten(0, 1), batch.sample_id.repeat(2))
-        for batch in progress(loader.batches(0), f"{title} views".strip(), total=count)
-    )
-    found = extract_features(
-        encoder,
-        both,
-        pooling=config.head.pooling,
-        device=next(encoder.parameters()).device,
-        precision=config.precision,
-    )
+    with closing(loader):
+        both = (
+            (batch.views.flatten(0, 1), batch.sample_id.repeat(2))
+            for batch in show(islice(loader.batches(0), count), title, total=count)
+        )
+        found = extract_features(
+            encoder,
+            both,
+            pooling=config.head.pooling,
+            device=next(encoder.parameters()).device,
+            precision=config.precision,
+        )
     x = found.x.view(count, 2, -1, found.x.shape[1])
     ids = found.label.view(count, 2, -1)
     return Views(x[:, 0].flatten(0, 1), x[:, 1].flatten(0, 1), ids[:, 0].flatten())

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,26 +17,23 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from maect_fast.checkpoint import (
-    random_states,
-    save_checkpoint,
-    seed_generators,
-    set_random_states,
-    write_atomically,
-)
+from maect_fast.checkpoint import seed_generators
 from maect_fast.config import Config, ConfigError, load_config, profile_window
-from maect_fast.data import Loader, build_source
+from maect_fast.data import Loader, Source, build_source, from_dataset
 from maect_fast.names import is_utf8, printable
 from maect_fast.profiling import Profile
 from maect_fast.training.distributed import World, init_world
+from maect_fast.training.feature_check import FeatureCheck
 from maect_fast.training.finite import check_finite, not_finite
 from maect_fast.training.int8_gate import check_int8
 from maect_fast.training.log import RunLog
 from maect_fast.training.memory import check_memory
 from maect_fast.training.meter import Meter
+from maect_fast.training.resume import resume_run, save_run
 from maect_fast.training.run_directory import (
     RunRecord,
     check_space,
+    inherited_line,
     on_first_rank,
     run_directory,
 )
@@ -67,6 +64,8 @@ def run_stage(
     restart: bool = False,
     change: Collection[str] = (),
     recipe: str | None = None,
+    inherited: Mapping[str, Any] = MappingProxyType({}),
+    dataset: Any = None,
 ) -> int:
     """Run `config.stage` in the run directory `out`; a directory with a run in it is continued.
 
@@ -84,6 +83,8 @@ def run_stage(
             that is continued; "data.root" allows for other images.
         capture: on a GPU, one CUDA graph per update where that is possible; see `Update`.
         recipe: what a new run's configuration was made from, for its record.
+        inherited: settings that a new run has from `init`, by dotted key, for its record.
+        dataset: where `data.source` is `dataset`, a torch Dataset; see `from_dataset`.
 
     Returns:
         0 when the run is finished, the number of the signal when one stopped it after a save.
@@ -111,6 +112,8 @@ def run_stage(
             change=change,
             capture=capture,
             recipe=recipe,
+            inherited=inherited,
+            dataset=dataset,
         )
 
 
@@ -134,6 +137,8 @@ def _run(
     change: Collection[str],
     capture: bool,
     recipe: str | None,
+    inherited: Mapping[str, Any],
+    dataset: Any,
 ) -> int:
     """`run_stage` in a directory that is ours."""
     profile = _profile(config, world, out)
@@ -146,55 +151,44 @@ def _run(
     if resumed is not None:
         if "record" in resumed:  # runs of before do not know
             on_first_rank(world, lambda: record.check_origin(out, init=init, decoder=decoder))
-        before, update = load_config(resumed["config"]), resumed["update"]
-        record.check_settings(config, before, out, named=change, update=update)
+        before = load_config(resumed["config"])
+        record.check_settings(config, before, out, named=change, update=resumed["update"])
     elif change:
         raise ConfigError(f"--change: there is no run in {out} to continue")
     if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
         check_memory(config, num_gpus=world.size, num_bytes=memory)
-    loader = _build_loader(config, world)
+    loader = _build_loader(config, world, dataset)
     images = on_first_rank(world, lambda: loader.source.identity(config.data.root))
     total = config.epochs * loader.updates_per_epoch
     state = build_stage(config, world, total=total)
     on_first_rank(world, lambda: check_space(state, out))
     seed_generators(config.seed + world.rank)
-    has_labels = bool((loader.source.labels >= 0).any())
-    meter = Meter(config, world, left_out=() if has_labels else ("nn_accuracy",))
+    left_out = () if loader.source.has_labels else ("nn_accuracy",)
+    meter = Meter(config, world, left_out=left_out)
     if resumed is None:
         lines = start_weights(state, init=init, decoder=decoder)
-        record = on_first_rank(world, lambda: RunRecord.of(init, decoder, images, recipe))
+        if inherited and init is not None:
+            lines.append(inherited_line(init, inherited))
+        record = on_first_rank(
+            world, lambda: RunRecord.of(init, decoder, images, recipe, config, inherited)
+        )
     else:
-        if resumed["total"] != total:
-            raise ConfigError(
-                f"data.root: the run in {out} has {resumed['total']} updates, these images give "
-                f"{total}; continue it with the images it was started with"
-            )
-        state.load_state_dict(resumed, out)
-        # With another number of ranks the generators start anew: nothing of ours draws from them.
-        if len(resumed["random_states"]) == world.size:
-            with reading("random_states", out):
-                set_random_states(resumed["random_states"][world.rank])
-        with reading("meters", out):
-            meter.load_state_dict(resumed.get("meters", []))
-        lines = [f"continuing {out} at update {state.update} of {total}"]
-        if on_first_rank(
-            world, lambda: record.check_images(images, out, named=change, update=state.update)
-        ):
-            state.forget_images()
-            lines.append("with other images: the queue's ids and labels were forgotten")
+        lines = resume_run(resumed, before, state, world, out, record, meter, images, change=change)
     check_finite(state, init if resumed is None else last)
     lines += check_int8(state, loader, world)
+    check = FeatureCheck(config, loader.source, updates_per_epoch=loader.updates_per_epoch)
+    lines += on_first_rank(world, check.prepare)
     if world.rank == 0:
-        for line in [*lines, *_warnings(config, loader)]:
+        for line in [loader.source.about(), *lines, *_warnings(config, loader)]:
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (what the run starts from)
         record.write_config(config, out)
-    save = partial(_save, state, world, out, record, meter)
-    if resumed is None:
+    save = partial(save_run, state, world, out, record, meter)
+    if resumed is None or change:
         # From here on a directory with metrics has a checkpoint, and a disk that cannot take one is
-        # found out before the first update.
-        save(keep=False)
-    stopped_by = _loop(state, loader, world, out, profile, meter, save, capture=capture)
+        # found out before the first update. A run that was finished keeps what it was.
+        save(keep=resumed is not None and resumed["update"] == resumed["total"] < total)
+    stopped_by = _loop(state, loader, world, out, profile, meter, check, save, capture=capture)
     if loader.broken:
         count = len(loader.broken)
         print(f"rank {world.rank}: {count} unreadable images were replaced", file=sys.stderr)  # noqa: T201
@@ -208,6 +202,7 @@ def _loop(
     out: Path,
     profile: Profile,
     meter: Meter,
+    check: FeatureCheck,
     save: Callable[..., None],
     *,
     capture: bool,
@@ -228,6 +223,8 @@ def _loop(
         while state.update < state.total:
             epoch, position = divmod(state.update, loader.updates_per_epoch)
             batches = profile.batches(loader.batches(epoch, position), state.update)
+            if not loader.is_in_memory:
+                batches = meter.waiting(batches)
             for batch in stop.awaiting(batches):
                 meter.add(update(batch))
                 log.advance()
@@ -235,12 +232,18 @@ def _loop(
                     world.beat(state.update)
                 is_last = state.update == state.total
                 is_kept = state.update % (config.checkpoint_every * loader.updates_per_epoch) == 0
-                is_logged = is_last or state.update % config.log_every == 0
+                is_checked = check.is_due(state)
+                is_logged = is_last or is_checked or state.update % config.log_every == 0
                 if is_logged:
                     metrics = meter.read(state, loader.updates_per_epoch)
                     if not math.isfinite(metrics["loss"]):
                         what = f"the loss is {metrics['loss']}"
                         raise TrainingError(not_finite(state, out, what))
+                    if is_checked:
+                        world.rest()
+                    if is_checked and world.rank == 0:
+                        metrics |= check.measure(state, stopped=lambda: bool(stop.number))
+                        meter.restart_clock()
                     log.write(metrics)
                 stopped_by = is_due = 0
                 # Ranks agree on what a signal or the clock asks for, which costs a host sync:
@@ -266,42 +269,15 @@ def _loop(
     return 0
 
 
-def _save(
-    state: StageState, world: World, out: Path, record: RunRecord, meter: Meter, *, keep: bool
-) -> None:
-    """Write checkpoints/last.pt, and before it one that stays when `keep`."""
-    world.rest()
-    own = (random_states(), meter.state_dict())
-    ranks: list[Any] = [own]
-    if world.size > 1:
-        ranks = [None] * world.size
-        dist.all_gather_object(ranks, own)
-    if world.rank != 0:
-        return
-    if not all(bool(p.isfinite().all()) for p in state.model.parameters()):
-        raise TrainingError(not_finite(state, out, "weights are not finite"))
-    random, meters = zip(*ranks, strict=True)
-    content = {
-        **state.state_dict(),
-        "config": dataclasses.asdict(state.config),
-        "record": dataclasses.asdict(record),
-        "random_states": list(random),
-        "meters": list(meters),
-    }
-    path = last_checkpoint(out)
-    if not keep:
-        save_checkpoint(path, content)
-        return
-    # In this order, so that a kill between the two leaves none out: the run comes by here again.
-    kept = path.with_name(f"update-{state.update:07d}.pt")
-    save_checkpoint(kept, content)
-    write_atomically(path, lambda temporary: shutil.copyfile(kept, temporary))
-
-
-def _build_loader(config: Config, world: World) -> Loader:
+def _build_loader(config: Config, world: World, dataset: Any) -> Loader:
     """The training images, split over the ranks."""
+    source: Source
+    if dataset is None:
+        source = build_source(config.data, config.encoder, split="train")
+    else:
+        source = from_dataset(dataset, config.data, config.encoder)
     return Loader(
-        build_source(config.data, config.encoder, split="train"),
+        source,
         config.augment,
         num_views=config.num_views,
         batch_size=config.batch_size,

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from maect_fast.checkpoint import write_atomically
 
@@ -19,6 +19,8 @@ T = TypeVar("T")
 METRICS = "metrics.jsonl"
 
 SECONDS_BETWEEN_LINES = 10.0
+# Shares of the time in which updates wait for data: one that is shown, one that is warned of.
+SHOWN_WAIT, LONG_WAIT = 0.05, 0.2
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -87,6 +89,7 @@ class RunLog:
         self.bar = tqdm(total=total, initial=start, desc=title, unit="update", disable=None)
         self.began = self.last_line = time.monotonic()
         self.start = start
+        self.has_warned = False
 
     def __enter__(self) -> Self:
         """Return the log itself."""
@@ -125,9 +128,22 @@ class RunLog:
         shown = {"loss": f"{metrics['loss']:.4f}"}
         if "nn_accuracy" in metrics:
             shown["nn_accuracy"] = f"{metrics['nn_accuracy']:.3f}"
+        for name in ("knn", "view_agreement"):
+            if name in metrics:
+                shown[name] = f"{metrics[name]:.3f}"
         if metrics.get("searched_again", 0) > 0:
             shown["searched_again"] = f"{metrics['searched_again']:.0%}"
         shown["images/s"] = f"{metrics['images_per_second']:.0f}"
+        wait = metrics.get("data_wait", 0.0)
+        if wait >= SHOWN_WAIT:
+            shown["waits for data"] = f"{wait:.0%}"
+        if wait > LONG_WAIT and not self.has_warned:
+            self.has_warned = True
+            tqdm.write(
+                f"updates wait for data {wait:.0%} of the time; `maect-fast bench loader` says "
+                "what limits loading, and what would help",
+                file=sys.stderr,
+            )
         self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable:
             self._line(update, shown)

@@ -12,6 +12,7 @@ from torch import Tensor
 from maect_fast.config import Config
 from maect_fast.training.distributed import World
 from maect_fast.training.stages import StageState
+from maect_fast.training.waiting import DataWait
 
 __all__ = ["Meter"]
 
@@ -21,6 +22,7 @@ class Meter:
 
     def __init__(self, config: Config, world: World, *, left_out: Collection[str]):
         self.config, self.world, self.left_out = config, world, left_out
+        self.waiting = DataWait(world.device)
         self._reset()
 
     def _reset(self) -> None:
@@ -55,7 +57,8 @@ class Meter:
     def read(self, state: StageState, updates_per_epoch: int) -> dict[str, float]:
         """Averages over the updates since the last call and over the ranks: the one host sync.
 
-        The rate is that of the updates which this process has made.
+        The rate is that of the updates which this process has made, and `data_wait` the share of
+        their time in which it waited for batches.
         """
         values = torch.stack([value.float() for value in self.sums.values()]) / self.count
         if self.world.size > 1:
@@ -71,7 +74,12 @@ class Meter:
             **metrics,
             "lr": max(group["base_lr"] for group in groups) * state.lr_factor(state.update - 1),
             "images_per_second": round(rate, 1),
+            "data_wait": round(self.waiting.read() / seconds, 3),
         }
         if math.isfinite(metrics["loss"]):
             self._reset()
         return line
+
+    def restart_clock(self) -> None:
+        """What was done since `read` was no training."""
+        self.began = time.monotonic()

@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EACCES, EAGAIN, ENOLCK, ENOSYS, EOPNOTSUPP
@@ -23,7 +23,8 @@ from maect_fast.checkpoint import (
     way_out,
     write_atomically,
 )
-from maect_fast.config import Config, ConfigError, save_config
+from maect_fast.config import Config, ConfigError, load_recipe, merge_config, save_config
+from maect_fast.names import printable
 from maect_fast.training.distributed import World
 from maect_fast.training.log import METRICS, read_metrics
 from maect_fast.training.stages import StageState, last_checkpoint
@@ -33,8 +34,11 @@ __all__ = [
     "check_last",
     "check_space",
     "check_writable",
+    "flatten",
+    "inherited_line",
     "on_first_rank",
     "run_directory",
+    "touches",
 ]
 
 T = TypeVar("T")
@@ -55,6 +59,7 @@ MAY_CHANGE = {
     "data.max_pixels",
     "checkpoint_every",
     "chunk_size",
+    "knn_every",
     "save_minutes",
     "log_every",
     "threads",
@@ -68,10 +73,23 @@ CHANGEABLE = (
     "augment.",
     "optim.",
     "encoder.stream",
+    "epochs",
     "head.temperature",
     "head.topk",
     "mask_ratio",
     "precision",
+)
+
+# What a run hands on to the next stage where it was given beside its recipe: what weights, head and
+# images have in common in all stages, and recipes need not say. Of `data.*` it is all.
+HANDED_ON = (
+    "augment.",
+    "encoder.",
+    "head.output_dim",
+    "head.pooling",
+    "head.predictor_hidden",
+    "head.projector_hidden",
+    "head.queue_size",
 )
 
 
@@ -252,6 +270,10 @@ class RunRecord:
     """Number and digest of the training images."""
     recipe: str | None = None
     """Its name, or the path of its file."""
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of `HANDED_ON`, the settings in which it is not its recipe, by dotted key."""
+    inherited: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of these and of `data.*`, those that are the run's whose weights it started from."""
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """In their order: update, setting, before, after."""
 
@@ -261,10 +283,20 @@ class RunRecord:
         init: Path | None,
         decoder: Path | None,
         images: dict[str, Any],
-        recipe: str | None = None,
+        recipe: str | None,
+        config: Config,
+        inherited: Mapping[str, Any],
     ) -> "RunRecord":
         """The record of a new run."""
-        return cls(_identity(init), _identity(decoder), images, recipe)
+        given = {}
+        if recipe is not None:
+            own = flatten(merge_config(load_recipe(recipe, config.stage)))
+            given = {
+                key: value
+                for key, value in flatten(config).items()
+                if key.startswith(HANDED_ON) and value != own[key]
+            }
+        return cls(_identity(init), _identity(decoder), images, recipe, given, dict(inherited))
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> "RunRecord":
@@ -274,6 +306,9 @@ class RunRecord:
             ValueError: a part of it is missing.
         """
         record = cls(**fields)
+        for settings in (record.given, record.inherited):
+            if not isinstance(settings, dict):
+                raise ValueError(f"expected settings, got {type(settings).__name__}")
         origin, change = {"path", "fingerprint"}, {"update", "setting", "before", "after"}
         for part, keys in (
             (record.init, origin),
@@ -313,8 +348,8 @@ class RunRecord:
         Raises:
             ConfigError: names the setting, and what to do.
         """
-        settings = _flat(before)
-        for key, value in _flat(config).items():
+        settings = flatten(before)
+        for key, value in flatten(config).items():
             if settings[key] == value or key in MAY_CHANGE:
                 continue
             told = f"{key}: the run in {out} has {settings[key]}, now {value} was asked for"
@@ -323,12 +358,14 @@ class RunRecord:
                     f"{told}; continue it without --recipe and this setting, or choose another "
                     "--out"
                 )
-            if not _names(named, key):
+            if not touches(named, key):
                 raise ConfigError(
                     f"{told}; continue it without --recipe and this setting, or with "
                     f"--change {key}={value}"
                 )
             self._note(update, key, settings[key], value)
+            if key.startswith(HANDED_ON):
+                self.given[key] = value
 
     def check_images(
         self, images: dict[str, Any], out: Path, *, named: Collection[str], update: int
@@ -341,7 +378,7 @@ class RunRecord:
         if self.images is None or self.images["digest"] == images["digest"]:
             self.images = images
             return False
-        if not _names(named, "data.root"):
+        if not touches(named, "data.root"):
             raise ConfigError(
                 f"data.root: these {images['number']} images are not the {self.images['number']} "
                 f"that the run in {out} was started with (names or sizes differ); continue it with "
@@ -358,7 +395,10 @@ class RunRecord:
 
     def write_config(self, config: Config, out: Path) -> None:
         """Write config.yaml, which begins with what was changed on the way."""
-        lines = [
+        lines = []
+        if self.inherited and self.init is not None:
+            lines.append(f"# {inherited_line(self.init['path'], self.inherited)}\n")
+        lines += [
             f"# from update {change['update']} on: {change['setting']} was {change['before']}, "
             f"is {change['after']}\n"
             for change in self.changes
@@ -371,7 +411,7 @@ class RunRecord:
         write_atomically(out / "config.yaml", write)
 
 
-def _names(named: Collection[str], key: str) -> bool:
+def touches(named: Collection[str], key: str) -> bool:
     """Whether `key`, or a group that it belongs to, is among them."""
     return any(key == name or key.startswith(f"{name}.") for name in named)
 
@@ -391,7 +431,13 @@ def _is_same(path: Path, identity: dict[str, Any]) -> bool:
     return bool(fingerprint(file) == identity["fingerprint"])
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def inherited_line(run: Path | str, settings: Mapping[str, Any]) -> str:
+    """What was taken over from a run, for people."""
+    told = ", ".join(f"{key}={value}" for key, value in settings.items())
+    return f"inherited from {printable(run)}: {printable(told)}"
+
+
+def flatten(config: Config) -> dict[str, Any]:
     """Dotted keys and plain values."""
     flat: dict[str, Any] = {}
 

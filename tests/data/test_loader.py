@@ -532,7 +532,7 @@ def test_workers_end_with_a_killed_program(tmp_path: Path, folder: Path) -> None
 SHARED = """
 import logging, sys
 from maect_fast.config import AugmentConfig, ConfigError, DataConfig, EncoderConfig
-from maect_fast.data import DataError, Loader, build_source, loader
+from maect_fast.data import DataError, Loader, build_source, workers
 
 if __name__ == "__main__":
     source = build_source(DataConfig(root=sys.argv[1]), EncoderConfig(), split="train")
@@ -542,7 +542,7 @@ if __name__ == "__main__":
     except ConfigError as error:
         print(error)
     # As if the memory had been there when the run began.
-    loader._check_shared_memory = lambda *_: None
+    workers._check_shared_memory = lambda *_: None
     try:
         list(Loader(source, AugmentConfig(), **settings).batches(0))
     except DataError as error:

@@ -136,7 +136,8 @@ def test_folder_is_sorted_and_nested_folders_belong_to_their_class(
         write_image(name)
     for name in ("a/.hidden.png", ".trash/1.png", "a/._9.png"):
         write_image(name)
-    (tmp_path / "images" / "a" / "notes.txt").write_text("no image")
+    for name in ("a/notes.txt", "a/more.TXT", "layers.psd", "LICENSE"):
+        (tmp_path / "images" / name).write_text("no image")
     (tmp_path / "images" / "empty").mkdir()
     source = open_folder(tmp_path / "images")
     assert names(source, tmp_path / "images") == [
@@ -148,6 +149,7 @@ def test_folder_is_sorted_and_nested_folders_belong_to_their_class(
     assert source.class_names == ["a", "b"]
     assert source.num_classes == 2
     assert source.labels.tolist() == [0, 0, 1, 1]
+    assert source.about() == "4 images of 2 classes; ignored: 2 .txt, 1 without suffix, 1 .psd"
 
 
 @pytest.mark.parametrize(
@@ -330,6 +332,9 @@ def test_channels_are_one_or_three(folder: Path) -> None:
         ("CMYK", "x.jpg"),
         ("CMYK", "x.tif"),
         ("YCbCr", "x.jpg"),
+        ("RGB", "x.avif"),
+        ("RGBA", "x.jp2"),
+        ("L", "x.sgi"),
     ],
 )
 def test_every_mode_is_decoded_like_pillow_converts(

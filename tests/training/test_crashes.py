@@ -85,7 +85,11 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
 
 def metrics(out: Path) -> list[dict[str, float]]:
     return [
-        {name: value for name, value in line.items() if name != "images_per_second"}
+        {
+            name: value
+            for name, value in line.items()
+            if name not in ("images_per_second", "data_wait")
+        }
         for line in read_metrics(out)
     ]
 
