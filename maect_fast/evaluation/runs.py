@@ -171,6 +171,7 @@ def split_features(
     `title` is that of the progress bar.
     """
     source = build_source(config.data, config.encoder, split=split)
+    device = "cpu" if encoder is None else next(encoder.parameters()).device
     batches = eval_batches(
         source,
         config.augment,
@@ -178,6 +179,7 @@ def split_features(
         batch_size=EVAL_BATCH,
         workers=config.data.workers,
         max_broken=config.data.max_broken,
+        device=device,
     )
     shown = progress(batches, f"{title} {split} images".strip(), total=len(batches))
     if encoder is None:
@@ -187,7 +189,7 @@ def split_features(
             encoder,
             shown,
             pooling=config.head.pooling,
-            device=next(encoder.parameters()).device,
+            device=device,
             precision=config.precision,
         )
     return Extracted(features, source, batches.skipped)
@@ -218,6 +220,7 @@ def view_features(
         seed=seed,
         workers=config.data.workers,
         max_broken=config.data.max_broken,
+        device=next(encoder.parameters()).device,
     )
     both = (
         (batch.views.flatten(0, 1), batch.sample_id.repeat(2))
