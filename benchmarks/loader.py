@@ -26,15 +26,15 @@ from maect_fast.data import Loader, PackSource, Source, build_source
 from maect_fast.data.decode import EncodedSource, decode_image
 from maect_fast.data.loader import TrainingBatches, permutation
 from maect_fast.data.sources import Reduction
-from maect_fast.data.workers import num_cores
+from maect_fast.data.workers import PREFETCH, num_cores
 from maect_fast.errors import Parser
 from maect_fast.names import printable
 from maect_fast.training.distributed import resolve_device
 
 __all__ = ["Measured", "bottleneck", "main", "measure"]
 
-# Of a batch; how long an image takes hardly depends on it.
-BATCH = 32
+# Of a batch; how long an image takes hardly depends on it, and large images take seconds.
+BATCH = 8
 ROUNDS = 2
 HAND_OVER = "hand-over"
 
@@ -160,8 +160,11 @@ def measure(config: Config, sources: Mapping[str, Source], *, seconds: float) ->
             # Workers start.
             for _ in range(each.workers + 1):
                 next(own)
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             for each, own in zip(found, batches, strict=True):
+                # Workers that were idle meanwhile have batches ready.
+                for _ in range(PREFETCH * each.workers if number or each is not found[0] else 0):
+                    next(own)
                 _time_whole(each, own, seconds / ROUNDS)
     finally:
         for each in found:
@@ -193,9 +196,6 @@ def _epochs(loader: Loader) -> Iterator[Any]:
 
 
 def _time_whole(measured: Measured, batches: Iterator[Any], seconds: float) -> None:
-    # Workers that were idle meanwhile have batches ready.
-    for _ in range(2 * measured.workers):
-        next(batches)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         measured.num_images += len(next(batches).sample_id)
