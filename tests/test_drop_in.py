@@ -207,7 +207,7 @@ def rank_main(rank: int, folder: Path) -> None:
     pair = (first.chunk(WORLD_SIZE)[rank], second.chunk(WORLD_SIZE)[rank])
     found = {}
     for name, options in MODES.items():
-        place = {"rank": rank, "world_size": WORLD_SIZE}
+        place: dict[str, Any] = {"rank": rank, "world_size": WORLD_SIZE}
         kinds = (ClipLoss, TheirClipLoss)
         found[name] = [results_of(kind(**options, **place), pair) for kind in kinds]
     torch.save(found, folder / f"{rank}.pt")

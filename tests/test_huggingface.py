@@ -84,12 +84,12 @@ def test_a_fused_model_computes_the_same(name: str) -> None:
 
 
 def test_a_model_inside_of_another() -> None:
-    """Beside a timm-style attention of the user's own model."""
-    model = nn.ModuleDict({"backbone": build("ViTModel"), "head": nn.Linear(32, 5)})
+    backbone = build("ViTModel")
+    model = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(32, 5)})
     fuse(model)
-    assert model["backbone"].config._attn_implementation == "maect_fast"
+    assert backbone.config._attn_implementation == "maect_fast"
     unfuse(model)
-    assert model["backbone"].config._attn_implementation == "sdpa"
+    assert backbone.config._attn_implementation == "sdpa"
 
 
 def test_weights_are_had_by_maps_or_unfused() -> None:

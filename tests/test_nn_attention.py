@@ -8,10 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from timm.layers import set_fused_attn
 from timm.layers.attention import Attention, AttentionRope
+from timm.layers.config import set_fused_attn
 from timm.models import VisionTransformer
-from timm.utils import AttentionExtract
+from timm.utils.attention_extract import AttentionExtract
 from torch import Tensor, nn
 
 from maect_fast.config import EncoderConfig
@@ -570,7 +570,7 @@ ROTARY: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ROTARY)
 def test_rotated_queries_and_keys(name: str) -> None:
     """Bit for bit, forward and backward; `unfuse` puts back what was there."""
-    size = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
+    size: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
     model = scatter(timm.create_model(name, **size, **ROTARY[name]))
     x = torch.randn(2, 3, ROTARY[name]["img_size"], ROTARY[name]["img_size"])
     keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
@@ -588,9 +588,14 @@ def test_rotated_queries_and_keys(name: str) -> None:
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_projections_apart_and_grouped_keys(kv_heads: int | None) -> None:
-    options = {"qkv_fused": False, "num_kv_heads": kv_heads, "gated": True, "rotate_half": True}
-    layers = {"norm_layer": nn.LayerNorm, "qk_norm": True, "scale_norm": True}
-    attention = scatter(AttentionRope(C, num_heads=H, **options, **layers))
+    options: dict[str, Any] = {
+        "qkv_fused": False,
+        "num_kv_heads": kv_heads,
+        "gated": True,
+        "rotate_half": True,
+    }
+    options |= {"norm_layer": nn.LayerNorm, "qk_norm": True, "scale_norm": True}
+    attention = scatter(AttentionRope(C, num_heads=H, **options))
     x, rope = torch.randn(B, N, C), torch.randn(N - 1, 2 * C // H)
     mask = torch.rand(B, 1, 1, N) < 0.7
     mask[..., 0] = True
@@ -605,7 +610,7 @@ def test_projections_apart_and_grouped_keys(kv_heads: int | None) -> None:
 
 
 def test_norms_of_a_rotary_attention_may_run_in_fp32_under_autocast() -> None:
-    layers = {"norm_layer": Float32Norm, "qk_norm": True}
+    layers: dict[str, Any] = {"norm_layer": Float32Norm, "qk_norm": True}
     attention = scatter(AttentionRope(C, num_heads=H, **layers))
     x, rope = torch.randn(B, N, C), torch.randn(N - 1, 2 * C // H)
     exact = attention(x, rope=rope).double()
@@ -617,8 +622,8 @@ def test_norms_of_a_rotary_attention_may_run_in_fp32_under_autocast() -> None:
 
 def test_naflex_masks_its_keys() -> None:
     """Of two samples one is padded: the outputs, which leave padding out, stay the same."""
-    size = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
-    model = scatter(timm.create_model("naflexvit_base_patch16_gap", **size)).eval()
+    size: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
+    model: Any = scatter(timm.create_model("naflexvit_base_patch16_gap", **size)).eval()
     coordinates = torch.cartesian_prod(torch.arange(3), torch.arange(3)).expand(2, -1, -1).clone()
     valid = torch.arange(9) < torch.tensor([[9], [6]])
     coordinates[~valid] = 0
@@ -656,7 +661,8 @@ def exported(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
 def test_an_exported_model_takes_any_batch(kind: str) -> None:
     shape = (2, 3, 16, 16)
     if kind == "encoder":
-        size = {"img_size": 16, "patch_size": 4, "embed_dim": C, "depth": 2, "num_heads": H}
+        size: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": C}
+        size |= {"depth": 2, "num_heads": H}
         model: nn.Module = Encoder(EncoderConfig(name="vit_tiny_patch16_224", **size))
     else:
         model = fuse(MODELS[kind][0]())
@@ -674,7 +680,7 @@ def test_gradients_per_sample(kind: str) -> None:
     model = fuse(build()).eval()
     parameters, images = dict(model.named_parameters()), torch.randn(shape)
 
-    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+    def loss(parameters: dict[str, Any], image: Tensor) -> Tensor:
         out: Tensor = torch.func.functional_call(model, parameters, (image[None],))
         return out.square().sum()
 
