@@ -47,7 +47,11 @@ def fuse(model: ModelT) -> ModelT:
     _check_module(model)
     attentions, others = _attentions(model), huggingface.models(model)
     if not attentions and not others:
-        expected = "a model that contains an attention of timm, MAE-CT, torchvision or Hugging Face"
+        families = ", ".join(huggingface.FAMILIES)
+        expected = (
+            "a model that contains an attention of timm, MAE-CT, torchvision or Hugging Face's"
+        )
+        expected = f"{expected} {families}"
         raise ValueError(f"model: expected {expected}, got {type(model).__qualname__}")
     if refused := _obstacles(model):
         name, reason = next(iter(refused.items()))
@@ -180,17 +184,11 @@ def _attentions(model: nn.Module) -> dict[str, Any]:
 
     # Elsewhere nn.MultiheadAttention may be asked for more than self-attention.
     in_blocks = {m.self_attention for m in model.modules() if isinstance(m, EncoderBlock)}
-    # Hugging Face's are reached by the model's interface.
-    theirs = {m for other in huggingface.models(model).values() for m in other.modules()}
 
     def is_attention(module: nn.Module) -> bool:
         return "Attention" in type(module).__name__ and hasattr(module, "qkv")
 
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if module not in theirs and (module in in_blocks or is_attention(module))
-    }
+    return {n: m for n, m in model.named_modules() if m in in_blocks or is_attention(m)}
 
 
 def _obstacles(model: nn.Module) -> dict[str, str]:

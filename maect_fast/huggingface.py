@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maect_fast.attention import key_mask_of
 from maect_fast.kernels import attention
 
-__all__ = ["NAME", "attend", "models", "obstacle", "set_implementation"]
+__all__ = ["FAMILIES", "NAME", "attend", "models", "obstacle", "set_implementation"]
 
 NAME = "maect_fast"
 # Whose attention is bidirectional and adds nothing to its scores, as the tests found.
@@ -22,6 +22,7 @@ FAMILIES = (
     *("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit", "vit_mae"),
     "vit_msn",
 )
+KNOWN = tuple(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)
 # What callers say about other things than attention.
 HARMLESS = ("num_items_in_batch", "output_hidden_states", "position_ids", "return_dict")
 
@@ -65,31 +66,43 @@ def attend(
 
 
 def models(model: nn.Module) -> dict[str, Any]:
-    """Hugging Face's models in a model, by name; not those inside of others, which they share."""
+    """Hugging Face's models with an attention that ours can replace, by name.
+
+    Not those inside of others, with which they share a configuration. Models of other families are
+    left alone, as a text tower beside a ViT.
+    """
     # Where transformers is not loaded, there is none.
     library = sys.modules.get("transformers.modeling_utils")
     found: dict[str, Any] = {}
     if library is not None:
         for name, module in model.named_modules():
             is_inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
-            if isinstance(module, library.PreTrainedModel) and not is_inside:
+            is_theirs = isinstance(module, library.PreTrainedModel) and not is_inside
+            if is_theirs and any(map(_is_known, _attentions(module))):
                 found[name] = module
     return found
 
 
-def obstacle(model: Any) -> str | None:
+def obstacle(model: nn.Module) -> str | None:
     """Why a Hugging Face model cannot attend by ours; None if it can."""
-    kind, known = type(model), [f"transformers.models.{x}.modeling_{x}" for x in FAMILIES]
-    if kind.__module__ not in known:
-        expected = f"a model of transformers' {', '.join(FAMILIES)}"
-        return f"expected {expected}, got {kind.__module__}.{kind.__qualname__}"
-    for module in model.modules():
-        if not hasattr(module, "is_causal"):
-            continue
-        dropout = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
+    for module in _attentions(model):
+        kind = type(module)
+        if not _is_known(module):
+            got = f"{kind.__module__}.{kind.__qualname__}"
+            return f"expected attention of {', '.join(FAMILIES)} alone, got {got} too"
+        dropout: Any = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
         if dropout > 0:
             return f"it drops attention weights in training (dropout {dropout})"
     return None
+
+
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    """Who asks the interface for a function."""
+    return [module for module in model.modules() if hasattr(module, "is_causal")]
+
+
+def _is_known(attention: nn.Module) -> bool:
+    return type(attention).__module__ in KNOWN
 
 
 def set_implementation(model: Any, name: str) -> str:

@@ -122,8 +122,29 @@ def test_what_attends_otherwise_is_refused(
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_another_family_is_refused() -> None:
+def test_other_families_are_left_alone() -> None:
     transformers = pytest.importorskip("transformers")
-    model = transformers.BeitModel(transformers.BeitConfig(**SIZE))
-    with pytest.raises(ValueError, match=r"expected a model of .*vit_mae.*, got .*BeitModel"):
-        fuse(nn.Sequential(build("ViTModel"), model))
+    other, vit = transformers.BeitModel(transformers.BeitConfig(**SIZE)), build("ViTModel")
+    with pytest.raises(ValueError, match=r"Hugging Face's deit, .*vit_mae.*, got BeitModel"):
+        fuse(other)
+    fuse(nn.ModuleDict({"image": vit, "other": other}))
+    names = [model.config._attn_implementation for model in (vit, other)]
+    assert names == ["maect_fast", "sdpa"]
+
+
+def test_a_model_of_two_families_is_refused() -> None:
+    """What its configuration says holds for both."""
+    transformers = pytest.importorskip("transformers")
+    decoder = transformers.BertGenerationDecoder(
+        transformers.BertGenerationConfig(
+            **{name: SIZE[name] for name in SIZE if not name.startswith(("image", "patch"))},
+            is_decoder=True,
+            add_cross_attention=True,
+            vocab_size=20,
+        )
+    )
+    model = transformers.VisionEncoderDecoderModel(encoder=build("ViTModel"), decoder=decoder)
+    with pytest.raises(ValueError, match=r"expected attention of .* alone, got .*BertGeneration"):
+        fuse(model)
+    assert fuse(model.encoder).config._attn_implementation == "maect_fast"
+    assert decoder.config._attn_implementation != "maect_fast"
