@@ -39,6 +39,7 @@ __all__ = [
     "device_folder",
     "device_name",
     "environment_columns",
+    "is_wide",
     "provenance",
     "read_folder",
     "read_rows",
@@ -54,7 +55,8 @@ FLOORS = "floors"
 KEY = ("op", "provider", "mode", "dtype", "B", "H", "M", "N", "D", "Q", "K")
 """Columns that say what was measured: a file holds the newest measurement of each."""
 
-# From p20 to p80 over p50: a measurement that spreads wider is to be repeated.
+# From p20 to p80 over p50: a measurement that spreads wider is to be repeated. About what
+# torch.utils.benchmark warns of, whose quartiles are to be within 10 % of the median.
 WIDE = 0.2
 
 # Within an op: models (H, D), neighbours, then the sizes that scaling curves run over.
@@ -72,6 +74,11 @@ class Environment(TypedDict):
     date: str
     cpu: str
     threads: int
+
+
+def is_wide(p20: float, p50: float, p80: float) -> bool:
+    """Whether repetitions differ so much that their median says little."""
+    return p80 - p20 > WIDE * p50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +154,7 @@ class Row:
         """Whether the repetitions differ so much that p50 says little."""
         if self.p50_ms is None or self.p20_ms is None or self.p80_ms is None:
             return False
-        return self.p80_ms - self.p20_ms > WIDE * self.p50_ms
+        return is_wide(self.p20_ms, self.p50_ms, self.p80_ms)
 
 
 def append_rows(

@@ -26,7 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maect_fast.benchmarks.floors import matrix_rate
-from maect_fast.benchmarks.results import OURS, append_rows, device_folder, environment_columns
+from maect_fast.benchmarks.results import (
+    OURS,
+    append_rows,
+    device_folder,
+    environment_columns,
+    is_wide,
+)
 from maect_fast.benchmarks.table import number
 from maect_fast.errors import Parser
 
@@ -408,6 +414,7 @@ HEADER = {
 
 
 def _cells(row: StepRow) -> list[str]:
+    wide = " wide" if is_wide(row.p20_ms, row.p50_ms, row.p80_ms) else ""
     gflop = (row.frozen_gflop, row.tuned_gflop, row.head_gflop, row.search_gflop)
     return [
         f"{row.recipe} ({row.overrides})" if row.overrides else row.recipe,
@@ -415,7 +422,7 @@ def _cells(row: StepRow) -> list[str]:
         f"{row.gpu or f'{row.cpu}, {row.threads} threads'}, {row.dtype}",
         str(row.batch_size),
         number(row.images_per_second),
-        " / ".join(number(ms) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)),
+        " / ".join(number(ms) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)) + wide,
         " / ".join(number(value) for value in gflop),
         number(row.tflops),
         f"{row.mfu:.1%}",

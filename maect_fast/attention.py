@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maect_fast.kernels import attention, masked_attention
-from maect_fast.kernels._common.checks import check_int
+from maect_fast.kernels._common.checks import check_int, check_tensors
 
-__all__ = ["FusedAttention", "FusedMultiheadAttention", "is_bare"]
+__all__ = ["FusedAttention", "FusedMultiheadAttention", "is_bare", "key_mask_of"]
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -108,8 +108,7 @@ class FusedAttention(nn.Module):
             ValueError: a causal or an [.., N, N] mask, or what `masked_attention` refuses.
             TypeError: as `masked_attention`.
         """
-        if is_causal:
-            raise ValueError("is_causal: expected False, got True: attention here is bidirectional")
+        self._check_tokens(x, is_causal, ndim=3 if cu_seqlens is None else 2)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         block_diagonal = _is_block_diagonal(attn_mask)
         if attn_mask is not None:
@@ -120,7 +119,7 @@ class FusedAttention(nn.Module):
                 cu_seqlens, max_seqlen = _segments(attn_mask, x)
                 qkv = qkv.squeeze(0)
             else:
-                key_mask = _key_mask(attn_mask, x)
+                key_mask = key_mask_of(attn_mask, x.shape[0])
         modes: dict[str, Any] = {
             "keep": keep,
             "seqlens": seqlens,
@@ -173,6 +172,16 @@ class FusedAttention(nn.Module):
         k, v = kv.unbind(-3)
         o = attention(self._normalised("q_norm", q), self._normalised("k_norm", k), v)
         return self._project(o, first)
+
+    @staticmethod
+    def _check_tokens(x: Tensor, is_causal: bool, *, ndim: int = 3) -> None:
+        """Refuse what would be told in the words of an op's arguments."""
+        check_tensors(x=x)
+        if x.ndim != ndim:
+            expected = "[B, N, C]" if ndim == 3 else "[T, C] with cu_seqlens"
+            raise ValueError(f"x: expected {expected}, got {list(x.shape)}")
+        if is_causal:
+            raise ValueError("is_causal: expected False, got True: attention here is bidirectional")
 
     def _layer(self, name: str) -> nn.Module | None:
         """A layer that computes something; MAE-CT's module lacks what timm's fills by Identity."""
@@ -245,6 +254,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: anything else, or what `masked_attention` refuses.
         """
+        check_tensors(query=query)
+        if query.ndim != 3:
+            raise ValueError(f"query: expected [B, N, C], got {list(query.shape)}")
         if key is not query or value is not query:
             raise ValueError("query, key, value: expected one tensor, got several")
         if need_weights:
@@ -272,12 +284,18 @@ def _segments(mask: Any, x: Tensor) -> tuple[Tensor, int]:
     return mask.q_seqinfo.seqstart.to(x.device), mask.q_seqinfo.max_seqlen
 
 
-def _key_mask(mask: object, x: Tensor) -> Tensor:
-    """The [B, N] mask in a [B, 1, 1, N] one."""
+def key_mask_of(mask: object, num_samples: int) -> Tensor:
+    """The [B, N] mask in `attn_mask`, a [B, 1, 1, N] or [1, 1, 1, N] one; or an error.
+
+    Args:
+        mask: bool, True = takes part as a key.
+        num_samples: B.
+    """
     if not isinstance(mask, Tensor):
         kind = type(mask).__qualname__
         raise ValueError(f"attn_mask: expected a tensor or a BlockDiagonalMask, got {kind}")
     if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
         got = f"{mask.dtype} {list(mask.shape)}"
         raise ValueError(f"attn_mask: expected bool [B, 1, 1, N], no N x N bias, got {got}")
-    return mask[:, 0, 0].expand(len(x), -1) if len(mask) == 1 else mask[:, 0, 0]
+    rows = mask[:, 0, 0]
+    return rows.expand(num_samples, -1) if rows.shape[0] == 1 else rows

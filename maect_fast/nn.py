@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maect_fast.attention import FusedAttention, FusedMultiheadAttention
+from maect_fast.attention_maps import attention_maps
+from maect_fast.clip_loss import ClipLoss
 from maect_fast.fuse import fuse, unfuse, why_not
 from maect_fast.kernels import (
     Pick,
@@ -20,16 +22,24 @@ from maect_fast.kernels import (
     queue_topk,
     with_shadow,
 )
-from maect_fast.kernels._common.checks import check_int, check_number
+from maect_fast.kernels._common.checks import (
+    check_int,
+    check_int64,
+    check_number,
+    check_tensors,
+    expect,
+)
 from maect_fast.kernels._common.collectives import group_rank
 from maect_fast.profiling import profile_range
 
 __all__ = [
+    "ClipLoss",
     "FeatureQueue",
     "FusedAttention",
     "FusedMultiheadAttention",
     "NNCLRLoss",
     "NNCLROutput",
+    "attention_maps",
     "fuse",
     "unfuse",
     "why_not",
@@ -116,6 +126,15 @@ class FeatureQueue(nn.Module):
             label: int64 [n]; reports whether the picked entry has the row's label.
             pick: chooses one of the k.
         """
+        check_tensors(query=query)
+        is_rows = query.ndim in (2, 3) and query.shape[-1] == self.queue.shape[1]
+        if not is_rows or not query.is_floating_point():
+            D = self.queue.shape[1]
+            got = f"{query.dtype} {list(query.shape)}"
+            raise ValueError(f"query: expected floats [n, {D}] or [V, n, {D}], got {got}")
+        check_int64("sample_id", sample_id, query.shape[-2:-1])
+        check_int64("label", label, query.shape[-2:-1])
+        expect(label is None or pick is not None, "label", "a pick with it", "none")
         return queue_topk(query, self.state, k=k, query_id=sample_id, query_label=label, pick=pick)
 
     @torch.no_grad()
@@ -224,6 +243,7 @@ class NNCLRLoss(nn.Module):
             sample_id: int64 [n]; a sample is not its own neighbour. -1 = none.
             label: int64 [n], only for `nn_accuracy`; negative = none.
         """
+        self._check(projected, predicted, step, sample_id, label)
         first_row = group_rank(self.group) * projected.shape[1]
         with profile_range("search"):
             found = self.queue.search(
@@ -264,3 +284,29 @@ class NNCLRLoss(nn.Module):
                 arrived = {name: x.wait() for name, x in zip(entering, others, strict=True)}
                 self.queue.enqueue(**arrived)
         return NNCLROutput(loss, accuracy, found.searched_again.float().mean())
+
+    def _check(
+        self,
+        projected: Tensor,
+        predicted: Tensor,
+        step: object,
+        sample_id: Tensor | None,
+        label: Tensor | None,
+    ) -> None:
+        """Refuse here what the ops would tell in the words of their own arguments."""
+        check_tensors(projected=projected, predicted=predicted)
+        D = self.queue.queue.shape[1]
+        for name, x in (("projected", projected), ("predicted", predicted)):
+            fits = x.ndim == 3 and x.shape[0] == 2 and x.shape[2] == D and x.shape[1] > 0
+            if not fits or not x.is_floating_point():
+                got = f"{x.dtype} {list(x.shape)}"
+                raise ValueError(f"{name}: expected floats [2, n, {D}] with n > 0, got {got}")
+        if predicted.shape[1] != projected.shape[1]:
+            got = f"{list(projected.shape)} and {list(predicted.shape)}"
+            raise ValueError(f"projected, predicted: expected equal shapes, got {got}")
+        check_int64("sample_id", sample_id, projected.shape[1:2])
+        check_int64("label", label, projected.shape[1:2])
+        if isinstance(step, Tensor):
+            check_int64("step", step, ())
+        else:
+            check_int("step", step, 0)

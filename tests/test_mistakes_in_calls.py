@@ -23,12 +23,23 @@ from maect_fast.kernels import (
     symmetric_info_nce,
     with_shadow,
 )
-from maect_fast.nn import FeatureQueue, FusedMultiheadAttention, NNCLRLoss, fuse, unfuse, why_not
+from maect_fast.nn import (
+    ClipLoss,
+    FeatureQueue,
+    FusedAttention,
+    FusedMultiheadAttention,
+    NNCLRLoss,
+    attention_maps,
+    fuse,
+    unfuse,
+    why_not,
+)
 
 X = torch.ones(3, 8)
 LONG = torch.zeros(3, dtype=torch.int64)
 QUEUE = torch.ones(9, 8)
 QKV = torch.ones(2, 5, 3, 2, 8)
+VIEWS = torch.ones(2, 3, 8)
 IMAGES = torch.ones(2, 3, 8, 8)
 IDS = torch.zeros(2, 3, dtype=torch.int64)
 W = torch.ones(8)
@@ -50,6 +61,29 @@ def norm(**changes: object) -> object:
 def module(**changes: object) -> object:
     given = {"queue_size": 9, "dim": 8, "topk": 2, "temperature": 0.1}
     return NNCLRLoss(**(given | changes))  # type: ignore[arg-type]
+
+
+def update(**changes: object) -> object:
+    given = {"projected": VIEWS, "predicted": VIEWS, "step": 0, "sample_id": None, "label": None}
+    return NNCLRLoss(queue_size=9, dim=8, topk=2, temperature=0.1)(**(given | changes))
+
+
+def in_queue(**changes: object) -> object:
+    return FeatureQueue(9, 8).search(**({"query": X, "k": 2} | changes))  # type: ignore[arg-type]
+
+
+def attend(**changes: object) -> object:
+    fused = FusedAttention(nn.Linear(8, 24), nn.Linear(8, 8), num_heads=2)
+    return fused(**({"x": torch.ones(2, 5, 8)} | changes))
+
+
+def attend_to_all(query: object) -> object:
+    return FusedMultiheadAttention(8, 2)(query, query, query, need_weights=False)
+
+
+def clip(**changes: object) -> object:
+    given = {"image_features": X, "text_features": X, "logit_scale": 10.0}
+    return ClipLoss()(**(given | changes))
 
 
 def mse(**changes: object) -> object:
@@ -177,6 +211,38 @@ CALLS: list[tuple[str, Callable[..., object], dict[str, object]]] = [
     ("temperature", module, {"temperature": 0}),
     ("dim", module, {"dim": 0}),
     ("queue_size", module, {"queue_size": "9"}),
+    ("projected", update, {"projected": None}),
+    ("projected", update, {"projected": VIEWS[0]}),
+    ("projected", update, {"projected": VIEWS[..., :7]}),
+    ("projected", update, {"projected": VIEWS.long()}),
+    ("projected", update, {"projected": VIEWS[:, :0], "predicted": VIEWS[:, :0]}),
+    ("predicted", update, {"predicted": [1.0]}),
+    ("predicted", update, {"predicted": VIEWS[..., :7]}),
+    ("predicted", update, {"predicted": VIEWS[:, :2]}),
+    ("sample_id", update, {"sample_id": LONG[:2]}),
+    ("sample_id", update, {"sample_id": [0, 1, 2]}),
+    ("label", update, {"label": LONG.float()}),
+    ("step", update, {"step": 1.5}),
+    ("step", update, {"step": torch.ones(2)}),
+    ("query", in_queue, {"query": X[:, :7]}),
+    ("query", in_queue, {"query": None}),
+    ("k", in_queue, {"k": 10}),
+    ("sample_id", in_queue, {"sample_id": LONG[:2]}),
+    ("label", in_queue, {"label": LONG.int()}),
+    ("label", in_queue, {"label": LONG}),
+    ("x", attend, {"x": None}),
+    ("x", attend, {"x": torch.ones(5, 8)}),
+    ("x", attend, {"cu_seqlens": LONG.int(), "max_seqlen": 3}),
+    ("seqlens", attend, {"seqlens": LONG}),
+    ("query", attend_to_all, {"query": [1.0]}),
+    ("query", attend_to_all, {"query": X}),
+    ("image_features", clip, {"image_features": X.long()}),
+    ("image_features", clip, {"image_features": None}),
+    ("text_features", clip, {"text_features": X[:2]}),
+    ("logit_scale", clip, {"logit_scale": torch.ones(2)}),
+    ("logit_scale", clip, {"logit_scale": 0}),
+    ("model", attention_maps, {"model": nn.Linear(2, 2), "images": X[:, :2]}),
+    ("images", attention_maps, {"model": nn.Linear(2, 2), "images": None}),
     ("embed_dim", FusedMultiheadAttention, {"embed_dim": 8, "num_heads": 3}),
     ("num_heads", FusedMultiheadAttention, {"embed_dim": 8, "num_heads": 0}),
     ("model", fuse, {"model": None}),

@@ -8,12 +8,23 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.config import set_fused_attn
 from timm.models import VisionTransformer
+from timm.utils.attention_extract import AttentionExtract
 from torch import Tensor, nn
 
+from maect_fast.config import EncoderConfig
 from maect_fast.kernels import masked_attention
-from maect_fast.nn import FusedAttention, FusedMultiheadAttention, fuse, unfuse
+from maect_fast.models.encoder import Encoder
+from maect_fast.nn import (
+    FusedAttention,
+    FusedMultiheadAttention,
+    attention_maps,
+    fuse,
+    unfuse,
+    why_not,
+)
 from maect_fast.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -543,3 +554,189 @@ def test_a_fused_model_compiles_whole(kind: str) -> None:
     model.compile(fullgraph=True, backend="aot_eager")
     for ours, eager in zip(run(model, x), expected, strict=True):
         torch.testing.assert_close(ours, eager)
+
+
+# Rotary attention, which only timm has.
+ROTARY: dict[str, dict[str, Any]] = {
+    "eva02_tiny_patch14_224": {"img_size": 28},
+    "eva_giant_patch14_224": {"img_size": 28},
+    "vit_small_patch16_dinov3": {"img_size": 32},
+    "vit_small_patch16_dinov3_qkvb": {"img_size": 32},
+    "vit_small_patch16_rope_mixed_224": {"img_size": 32},
+    "vit_pe_core_tiny_patch16_384": {"img_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotated_queries_and_keys(name: str) -> None:
+    """Bit for bit, forward and backward; `unfuse` puts back what was there."""
+    size: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
+    model = scatter(timm.create_model(name, **size, **ROTARY[name]))
+    x = torch.randn(2, 3, ROTARY[name]["img_size"], ROTARY[name]["img_size"])
+    keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
+    expected = run(model, x)
+    fuse(model)
+    assert [type(b.attn).__name__ for b in model.get_submodule("blocks").children()] == [
+        "FusedRotaryAttention"
+    ] * 2
+    assert all(map(torch.equal, run(model, x), expected))
+    assert list(model.state_dict()) == keys
+    assert not [line for line in why_not(model) if "attn" in line]
+    assert [type(m) for m in unfuse(model).modules()] == types
+    assert all(map(torch.equal, run(model, x), expected))
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_projections_apart_and_grouped_keys(kv_heads: int | None) -> None:
+    options: dict[str, Any] = {
+        "qkv_fused": False,
+        "num_kv_heads": kv_heads,
+        "gated": True,
+        "rotate_half": True,
+    }
+    options |= {"norm_layer": nn.LayerNorm, "qk_norm": True, "scale_norm": True}
+    attention = scatter(AttentionRope(C, num_heads=H, **options))
+    x, rope = torch.randn(B, N, C), torch.randn(N - 1, 2 * C // H)
+    mask = torch.rand(B, 1, 1, N) < 0.7
+    mask[..., 0] = True
+    expected = attention(x, rope=rope, attn_mask=mask)
+    fuse(attention)
+    torch.testing.assert_close(attention(x, rope=rope, attn_mask=mask), expected)
+    assert not torch.allclose(attention(x, rope=rope), expected)
+    with pytest.raises(ValueError, match=r"no N x N bias, got torch.bool \[3, 1, 6, 6\]"):
+        attention(x, rope=rope, attn_mask=mask.expand(-1, -1, N, -1))
+    with pytest.raises(ValueError, match=r"x: expected \[B, N, C\], got \[6, 32\]"):
+        attention(x[0])
+
+
+def test_norms_of_a_rotary_attention_may_run_in_fp32_under_autocast() -> None:
+    layers: dict[str, Any] = {"norm_layer": Float32Norm, "qk_norm": True}
+    attention = scatter(AttentionRope(C, num_heads=H, **layers))
+    x, rope = torch.randn(B, N, C), torch.randn(N - 1, 2 * C // H)
+    exact = attention(x, rope=rope).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = attention(x, rope=rope)
+        result = fuse(attention)(x, rope=rope)
+    assert_within_budget(result, eager, exact)
+
+
+def test_naflex_masks_its_keys() -> None:
+    """Of two samples one is padded: the outputs, which leave padding out, stay the same."""
+    size: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
+    model: Any = scatter(timm.create_model("naflexvit_base_patch16_gap", **size)).eval()
+    coordinates = torch.cartesian_prod(torch.arange(3), torch.arange(3)).expand(2, -1, -1).clone()
+    valid = torch.arange(9) < torch.tensor([[9], [6]])
+    coordinates[~valid] = 0
+    batch = {
+        "patches": torch.randn(2, 9, 768),
+        "patch_coord": coordinates,
+        "patch_valid": valid,
+    }
+    expected = model(batch)
+    fuse(model)
+    assert type(model).__name__ == "FusedNaFlexVit"
+    torch.testing.assert_close(model(batch), expected)
+    # What is padded takes no part; without the mask it would.
+    batch["patches"][~valid] = 9.0
+    torch.testing.assert_close(model(batch), expected)
+    everything = torch.ones(2, 1, 1, 9 + model.num_prefix_tokens, dtype=torch.bool)
+    assert not torch.allclose(model({**batch, "attn_mask": everything}), expected)
+    assert type(unfuse(model)).__name__ == "NaFlexVit"
+    torch.testing.assert_close(model(batch), expected)
+
+
+def test_why_not_names_what_fuse_refuses() -> None:
+    model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48)
+    (line,) = why_not(model)
+    assert line.startswith("blocks.0.attn: cannot be fused: expected timm.layers.Attention")
+
+
+def exported(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (torch.randn(shape),), dynamic_shapes=({0: batch},))
+    return program.module()
+
+
+@pytest.mark.parametrize("kind", ["timm", "torchvision", "encoder"])
+def test_an_exported_model_takes_any_batch(kind: str) -> None:
+    shape = (2, 3, 16, 16)
+    if kind == "encoder":
+        size: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": C}
+        size |= {"depth": 2, "num_heads": H}
+        model: nn.Module = Encoder(EncoderConfig(name="vit_tiny_patch16_224", **size))
+    else:
+        model = fuse(MODELS[kind][0]())
+    model.eval()
+    program = exported(model, shape)
+    assert any("maect_fast" in str(node.target) for node in program.graph.nodes)  # type: ignore[union-attr]
+    for num_images in (1, 5):
+        images = torch.randn(num_images, *shape[1:])
+        assert torch.equal(program(images), model(images))
+
+
+@pytest.mark.parametrize("kind", ["timm", "torchvision"])
+def test_gradients_per_sample(kind: str) -> None:
+    build, shape = MODELS[kind]
+    model = fuse(build()).eval()
+    parameters, images = dict(model.named_parameters()), torch.randn(shape)
+
+    def loss(parameters: dict[str, Any], image: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(model, parameters, (image[None],))
+        return out.square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        for (name, grads), one in zip(found.items(), expected, strict=True):
+            torch.testing.assert_close(grads[i], one, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_maps_are_timms_and_of_all_modes() -> None:
+    """As timm's AttentionExtract finds them in a model that holds its weights."""
+    set_fused_attn(False)
+    try:
+        model = vit(qk_norm=True).train()
+    finally:
+        set_fused_attn(True)
+    images = torch.randn(2, 3, 16, 16)
+    expected = AttentionExtract(model, method="hook")(images)
+    model.train()
+    fuse(model)
+    maps = attention_maps(model, images)
+    assert model.training
+    assert [m.shape for m in maps] == [(2, H, 17, 17)] * 2
+    for found, theirs in zip(maps, expected.values(), strict=True):
+        torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, H, 17))
+    with pytest.raises(ValueError, match="expected one with fused attention, got VisionTransf"):
+        attention_maps(unfuse(model), images)
+
+
+def test_maps_of_masked_keys(fused: FusedAttention) -> None:
+    x, mask = torch.randn(B, N, C), torch.rand(B, N) < 0.6
+    (weights,) = attention_maps(Masked(fused, key_mask=mask), x)
+    assert not weights.transpose(1, 3)[~mask].any()
+    qkv = fused.qkv(x).unflatten(-1, (3, H, C // H))
+    v = qkv[:, :, 2]
+    o = fused.proj(torch.einsum("bhmn,bnhd->bmhd", weights, v).flatten(-2))
+    torch.testing.assert_close(o, fused(x, key_mask=mask))
+
+
+class Masked(nn.Module):
+    def __init__(self, attention: nn.Module, **modes: Tensor) -> None:
+        super().__init__()
+        self.attention = attention
+        self.modes = modes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, **self.modes)
+        return out
+
+
+def test_hooks_that_wait_for_weights_are_told() -> None:
+    model = fuse(vit())
+    assert not any("attn_drop" in line for line in why_not(model))
+    AttentionExtract(model, method="hook")
+    lines = [line for line in why_not(model) if line.startswith("blocks.1.attn.attn_drop: ")]
+    assert len(lines) == 1
+    assert "attention_maps(model, images)" in lines[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import Function, forward_ad
 
-__all__ = ["Differentiable", "needs_gradient", "operator"]
+__all__ = ["LIBRARY", "Differentiable", "needs_gradient", "operator"]
 
 Result = TypeVar("Result")
 

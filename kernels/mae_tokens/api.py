@@ -86,7 +86,7 @@ def masked_patch_mse(
     x = (predicted, images)
     check_backend("masked_patch_mse", backend, triton=lambda: op.mse_obstacle(*x))
     F = check_images(images, patch_size)
-    check_tensor("ids_removed", ids_removed, images, INDEX, (len(images), None))
+    check_tensor("ids_removed", ids_removed, images, INDEX, (images.shape[0], None))
     check_tensor("predicted", predicted, images, FLOATING, (*ids_removed.shape, F))
     expect(ids_removed.numel() > 0, "ids_removed", "at least one patch", "none")
     expect(F > 1 or not normalize, "normalize", "patches of more than one number", F)

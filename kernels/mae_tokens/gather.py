@@ -50,7 +50,7 @@ def gather_patches(
     check_backend("gather_patches", backend, triton=lambda: op.triton_obstacle(images, dtype=to))
     check_images(images, patch_size)
     expect(to in FLOATING, "dtype", "a float", to, TypeError)
-    check_tensor("ids", ids, images, INDEX, (len(images), None))
+    check_tensor("ids", ids, images, INDEX, (images.shape[0], None))
     return op.gather_patches(images, ids, patch_size, to, backend)
 
 

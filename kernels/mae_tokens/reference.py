@@ -134,7 +134,7 @@ def mse_gradient(grad: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
 def _places(images: Tensor, ids: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Index of patches ids [B, N] into the first three dimensions of `patch_view`."""
     num_columns = images.shape[3] // patch_size
-    image = torch.arange(len(images), device=images.device)[:, None].expand_as(ids)
+    image = torch.arange(images.shape[0], device=images.device)[:, None].expand_as(ids)
     return image, (ids // num_columns).long(), (ids % num_columns).long()
 
 

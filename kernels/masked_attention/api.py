@@ -79,7 +79,7 @@ def attention(
     checks.check_tensors(q=q, k=k, v=v)
     check_tensor("v", v, v, FLOATING, (*rows, None, None))
     check_tensor("k", k, v, (v.dtype,), v.shape)
-    check_tensor("q", q, v, (v.dtype,), v.shape if square else (len(v), None, *v.shape[2:]))
+    check_tensor("q", q, v, (v.dtype,), v.shape if square else (v.shape[0], None, *v.shape[2:]))
     _check_tensors(v, modes)
     return _attend("attention", (q, k, v), modes, scale, backend)
 
@@ -113,8 +113,10 @@ def _check_modes(modes: Modes) -> tuple[None, ...]:
 
 def _check_tensors(like: Tensor, modes: Modes) -> None:
     keep, seqlens, cu_seqlens, _, key_mask = modes
-    check_tensor("keep", keep, like, INDEX, (len(like), None))
-    check_tensor("seqlens", seqlens, like, INDEX, (len(like),))
+    # Not by len(), whose int torch.export would take for the only batch size there is.
+    B = like.shape[0]
+    check_tensor("keep", keep, like, INDEX, (B, None))
+    check_tensor("seqlens", seqlens, like, INDEX, (B,))
     check_tensor("cu_seqlens", cu_seqlens, like, INDEX[:1], (None,))
-    expect(cu_seqlens is None or len(cu_seqlens) > 0, "cu_seqlens", "at least one bound", 0)
+    expect(cu_seqlens is None or cu_seqlens.shape[0] > 0, "cu_seqlens", "at least one bound", 0)
     check_tensor("key_mask", key_mask, like, (torch.bool,), like.shape[:2])

@@ -19,7 +19,12 @@ from torch.utils.flop_counter import register_flop_formula
 from maect_fast.kernels._common import gpu
 from maect_fast.kernels._common.backend import Obstacle
 from maect_fast.kernels._common.launch import triton_minor
-from maect_fast.kernels._common.library import Differentiable, needs_gradient, operator
+from maect_fast.kernels._common.library import (
+    LIBRARY,
+    Differentiable,
+    needs_gradient,
+    operator,
+)
 from maect_fast.kernels._common.plan import Plans
 from maect_fast.kernels.masked_attention import padded
 
@@ -306,6 +311,41 @@ def attention_bwd(
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
     dq, dk, dv = _backward(BACKWARD, do, (q, k, v), o, lse, modes, scale, backend)
     return dq, dk, dv
+
+
+def _vmap_rule(op: Any) -> Callable[..., Any]:
+    """Rule of vmap: its batch becomes part of B; packed rows have no B, and are looped over."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        V = info.batch_size
+
+        def batched(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            x = x.expand(V, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x if x.stride(-1) == 1 else x.contiguous()
+
+        rows = [batched(x, dim) for x, dim in zip(args, in_dims, strict=True)]
+        if args[names.index("cu_seqlens")] is None:
+            found = op(*(x.flatten(0, 1) if isinstance(x, Tensor) else x for x in rows))
+            is_one = isinstance(found, Tensor)
+            # An lse that is not saved is empty, of one dimension.
+            parts = [
+                x.expand(V, 0) if x.ndim == 1 else x.unflatten(0, (V, -1))
+                for x in ([found] if is_one else found)
+            ]
+        else:
+            calls = [op(*(x[i] if isinstance(x, Tensor) else x for x in rows)) for i in range(V)]
+            is_one = isinstance(calls[0], Tensor)
+            parts = [torch.stack(x) for x in ([calls] if is_one else zip(*calls, strict=True))]
+        return (parts[0], 0) if is_one else (tuple(parts), (0,) * len(parts))
+
+    return rule
+
+
+for _op in (masked_attention_fwd, masked_attention_bwd, attention_fwd, attention_bwd):
+    torch.library.register_vmap(_op, _vmap_rule(_op), lib=LIBRARY)
 
 
 def masked_attention(*arguments: Any) -> Tensor:

@@ -186,12 +186,14 @@ class Encoder(nn.Module):
         Raises:
             ValueError: images of another size than the configured one.
         """
-        expected = [len(images), self.in_chans, self.img_size, self.img_size]
-        if list(images.shape) != expected:
+        size = [self.in_chans, self.img_size, self.img_size]
+        # The batch by its shape, as len() is a number to torch.export.
+        if list(images.shape[1:]) != size:
+            expected = [len(images), *size]
             raise ValueError(f"images: expected {expected}, got {list(images.shape)}")
         pos_embed = self.pos_embed if ids_keep is None else self.pos_embed[0, ids_keep]
         tokens = self._embed_patches(images, ids_keep) + pos_embed
-        cls_token = self.cls_token.expand(len(tokens), -1, -1)
+        cls_token = self.cls_token.expand(tokens.shape[0], -1, -1)
         return torch.cat([cls_token, tokens], dim=1)
 
     def _embed_patches(self, images: Tensor, ids_keep: Tensor | None) -> Tensor:
@@ -203,9 +205,10 @@ class Encoder(nn.Module):
             tokens: Tensor = self.patch_embed(images)
             if ids_keep is None:
                 return tokens
-            return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], ids_keep]
+            return tokens[torch.arange(tokens.shape[0], device=tokens.device)[:, None], ids_keep]
         if ids_keep is None:
-            ids_keep = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
+            all_patches = torch.arange(self.num_patches, device=images.device)
+            ids_keep = all_patches.expand(images.shape[0], -1)
         # Gathering pixels instead of embeddings makes this GEMM L / N times smaller.
         patches = gather_patches(images, ids_keep, self.patch_size, dtype=_product_dtype(images))
         proj = self.patch_embed.proj

@@ -172,6 +172,7 @@ def test_a_row_per_recipe(stage: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (row["dtype"], row["threads"], row["peak_mib"], row["gpu"]) == ("fp32", "1", "", "")
     p20, p50, p80 = (float(row[f"p{part}_ms"]) for part in (20, 50, 80))
     assert 0 < p20 <= p50 <= p80
+    is_wide = p80 - p20 > 0.2 * p50
     assert float(row["images_per_second"]) == pytest.approx(4e3 / p50, rel=1e-3)
     gflop = sum(float(row[f"{part}_gflop"]) for part in ("frozen", "tuned", "head", "search"))
     assert float(row["tflops"]) == pytest.approx(4 * gflop / p50, rel=1e-3)
@@ -183,6 +184,7 @@ def test_a_row_per_recipe(stage: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert header.startswith("| recipe | stage | device | batch | images/s |")
     assert line.startswith(f"| digits (encoder.depth=2 frozen_blocks=1) | {stage} | ")
     assert line.count("|") == header.count("|")
+    assert (" wide |" in line) == is_wide
 
 
 @pytest.mark.usefixtures("_matrix_rate")

@@ -1390,7 +1390,7 @@ def test_forward_mode_is_an_error() -> None:
         assert tangent.any()
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings("error:There is a performance drop:UserWarning")
 def test_functional_gradients() -> None:
     qkv = make_qkv("dense", 3, 4)
     leaf = qkv.clone().requires_grad_()
@@ -1399,3 +1399,34 @@ def test_functional_gradients() -> None:
     torch.testing.assert_close(gradient(qkv), expected)
     per_sample = torch.func.vmap(lambda x: gradient(x[None])[0])(qkv)
     torch.testing.assert_close(per_sample, expected)
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_is_call_after_call(mode: str, dim: int) -> None:
+    """Of both ops, forward and backward; modes are the same in all calls."""
+    arguments = make_mode(mode, 3, 5)
+    calls = [make_qkv(mode, 3, 5, seed=seed) for seed in range(2)]
+    batch = torch.stack(calls, dim=dim)
+
+    def packed(x: Tensor) -> Tensor:
+        return masked_attention(x, **arguments)
+
+    def separate(x: Tensor) -> Tensor:
+        q, k, v = x.unbind(-3)
+        return attention(q, k, v, **arguments)
+
+    for function in (packed, separate):
+        gradient = torch.func.grad(lambda x, f=function: f(x).square().sum())
+        for transformed in (function, gradient):
+            expected = torch.stack([transformed(x) for x in calls])
+            assert torch.equal(torch.func.vmap(transformed, in_dims=dim)(batch), expected)
+
+
+def test_vmap_over_masks() -> None:
+    qkv = make_qkv("dense", 3, 5)
+    masks = torch.rand(2, 3, 5) < 0.6
+    found = torch.func.vmap(lambda mask: masked_attention(qkv, key_mask=mask))(masks)
+    expected = torch.stack([masked_attention(qkv, key_mask=mask) for mask in masks])
+    assert torch.equal(found, expected)
