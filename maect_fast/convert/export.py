@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from maect_fast.convert.find import (
     OWN_FORMAT,
     ConvertError,
     find_encoder,
+    weights_file,
 )
 from maect_fast.convert.formats import HUGGINGFACE, TIMM, Names
 from maect_fast.convert.load import export_timm, load_encoder
@@ -104,7 +106,7 @@ def import_file(
         "architecture": json.dumps(found.sizes() | {"img_size": config.encoder.img_size}),
         "settings": json.dumps(said),
         "source": f"{found.format.name}{f', encoder {found.name}' if found.name else ''}",
-        "source_sha256": fingerprint(file),
+        "source_digest": fingerprint(weights_file(file)),
     }
     with _whole(out) as place:
         _save_safetensors(model.state_dict() | decoder, place, metadata)
@@ -230,7 +232,7 @@ def _write_timm(source: _Source, place: Path) -> list[str]:
 def _timm_model(source: _Source) -> tuple[Any, dict[str, Any]]:
     """Timm's own model with the encoder's weights, which pools as ours is pooled."""
     encoder, pooling = source.encoder, source.config.head.pooling
-    arguments = {
+    arguments: dict[str, Any] = {
         "img_size": encoder.img_size,
         "in_chans": encoder.in_chans,
         "patch_size": encoder.patch_size,
@@ -243,6 +245,9 @@ def _timm_model(source: _Source) -> tuple[Any, dict[str, Any]]:
     name = ARCHITECTURES.get(encoder.embed_dim, ARCHITECTURES[768])
     vit: Any = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     vit.load_state_dict(export_timm(encoder))
+    # Of the weights that timm has under this name.
+    for key in ("tag", "license"):
+        vit.pretrained_cfg.pop(key, None)
     return vit.float().eval(), arguments
 
 
@@ -273,7 +278,7 @@ def _write_huggingface(source: _Source, place: Path) -> list[str]:
     with_decoder = bool(decoder)
     if with_decoder and source.decoder_heads is None:
         raise ConvertError("nothing says how many heads MAE's decoder has; convert a run instead")
-    settings = {
+    settings: dict[str, Any] = {
         "hidden_size": encoder.embed_dim,
         "num_hidden_layers": encoder.depth,
         "num_attention_heads": _num_heads(encoder),
@@ -358,19 +363,20 @@ def _write_onnx(source: _Source, place: Path, opset: int | None) -> list[str]:
         ) from error
     model, example = _program(source)
     large = sum(p.numel() for p in model.parameters()) * 4 > LARGEST_ONNX
-    written = torch.onnx.export(
-        model,
-        (example,),
-        input_names=["pixels"],
-        output_names=["features"],
-        dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
-        opset_version=opset,
-        dynamo=True,
-        verbose=False,
-    )
-    assert written is not None
-    written.model.metadata_props.update(_said(source))
-    written.save(place, external_data=large)
+    with _quiet():
+        written = torch.onnx.export(
+            model,
+            (example,),
+            input_names=["pixels"],
+            output_names=["features"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+        assert written is not None
+        written.model.metadata_props.update(_said(source))
+        written.save(place, external_data=large)
     onnx.checker.check_model(str(place))
     try:
         import onnxruntime
@@ -389,14 +395,24 @@ def _write_onnx(source: _Source, place: Path, opset: int | None) -> list[str]:
 def _write_program(source: _Source, place: Path) -> list[str]:
     model, example = _program(source)
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (example,), dynamic_shapes={"pixels": {0: batch}})
     # The name says the kind to torch, and only that.
     named = place.with_name(f"{place.name}.pt2")
-    torch.export.save(program, named, extra_files={"maect_fast.json": json.dumps(_said(source))})
-    loaded = torch.export.load(named).module()
+    said = {"maect_fast.json": json.dumps(_said(source))}
+    with _quiet():
+        program = torch.export.export(model, (example,), dynamic_shapes={"pixels": {0: batch}})
+        torch.export.save(program, named, extra_files=said)
+        loaded = torch.export.load(named).module()
     checked = _compared(source, loaded)
     named.rename(place)
     return ["a program of torch.export", checked]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporters warn of what other parts of PyTorch do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _program(source: _Source) -> tuple[PixelFeatures, Tensor]:

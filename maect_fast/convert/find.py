@@ -34,9 +34,19 @@ from maect_fast.errors import UserError
 from maect_fast.names import listed, printable, shortened
 from maect_fast.tensor_file import open_regular, read_metadata, read_tensor_file
 
-__all__ = ["ConvertError", "FoundEncoder", "Stated", "find_encoder", "summary", "why_left_out"]
+__all__ = [
+    "ConvertError",
+    "FoundEncoder",
+    "Stated",
+    "find_encoder",
+    "summary",
+    "weights_file",
+    "why_left_out",
+]
 
 OWN_FORMAT = "maect-fast"
+# What Hugging Face's and timm's folders have beside a config.json.
+FOLDER_FILE = "model.safetensors"
 MAX_CONFIG = 1 << 20
 NORM_EPS = 1e-6
 
@@ -127,13 +137,12 @@ class FoundEncoder:
 
     def obstacles(self) -> list[str]:
         """Why no encoder of ours computes the same, each with a name where it has one."""
-        found = {}
-        for name in self.extra:
-            for pattern, reason in OBSTACLES:
-                if pattern.search(name):
-                    found.setdefault(reason, f"{reason} ({shortened(name)})")
         layout = LAYOUTS[self.format.layout].obstacle
-        reasons = [*([layout] if layout else []), *found.values()]
+        reasons = [layout] if layout else []
+        for pattern, reason in OBSTACLES:
+            name = next((name for name in self.extra if pattern.search(name)), None)
+            if name is not None:
+                reasons.append(f"{reason} ({shortened(name)})")
         if "cls_token" not in self.weights:
             reasons.append("no class token")
         elif self.weights["cls_token"].ndim == 3 and self.weights["cls_token"].shape[1] > 1:
@@ -163,7 +172,7 @@ def find_encoder(
 
     Args:
         source: a `.safetensors` file, a file of `torch.save` (read without running code of its
-            own), or what it holds.
+            own), a run, a folder with a `model.safetensors`, or what such a file holds.
         encoder: which, where there are several; None takes the first of `PREFERRED`.
         with_tensors: False leaves tensors on the meta device where the file allows that.
 
@@ -175,7 +184,7 @@ def find_encoder(
     if isinstance(source, Mapping):
         name, content = "a state dict", source
     else:
-        name, path = printable(source), Path(source)
+        name, path = printable(source), weights_file(Path(source))
         try:
             content = read_tensor_file(path, with_tensors=with_tensors)
             metadata = read_metadata(path)
@@ -229,6 +238,14 @@ def find_encoder(
     )
 
 
+def weights_file(path: Path) -> Path:
+    """The file that is meant: of a run its last checkpoint, of a folder its model.safetensors."""
+    for name in ("checkpoints/last.pt", FOLDER_FILE):
+        if (path / name).is_file():
+            return path / name
+    return path
+
+
 def summary(names: Iterable[str]) -> list[str]:
     """The names, those below one module counted: `cls_token, decoder_blocks.* (96)`."""
     counts = Counter(re.split(r"[./]", name)[0] + (".*" if "." in name else "") for name in names)
@@ -255,11 +272,11 @@ def _dicts(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mappin
     while pending:
         path, inside = pending.pop()
         yield path, {key: value for key, value in inside.items() if isinstance(key, str)}
-        for key, value in reversed(inside.items()):
-            if isinstance(key, str) and isinstance(value, Mapping) and id(value) not in seen:
+        for key, value in reversed(list(inside.items())):
+            if isinstance(value, Mapping) and id(value) not in seen:
                 seen.add(id(value))
                 # A file can nest more deeply than a name of it is worth.
-                pending.append(((*path, key)[-8:], value))
+                pending.append(((*path, str(key))[:8], value))
 
 
 def _names(content: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from maect_fast.convert.find import FoundEncoder, find_encoder, why_left_out
 from maect_fast.convert.formats import OURS
-from maect_fast.names import printable, shortened
+from maect_fast.names import listed, printable, shortened
 
 __all__ = ["describe", "lines"]
 
@@ -31,8 +31,8 @@ def describe(path: Path, *, encoder: str | None = None) -> dict[str, Any]:
         encoder: which of several to describe; None takes the default one.
 
     Returns:
-        `format`, `encoder` and `others` (names), `architecture`, `taken`, `left_out` and
-        `missing` (groups of names with their numbers, those left out with the reason), `obstacles`
+        `format`, `encoder` and `others` (names), `architecture`, `taken` and `left_out` (groups of
+        names with their numbers, those left out with the reason), `missing` (names), `obstacles`
         (why ours cannot have it; empty where it can), `instead`, `decoder`.
 
     Raises:
@@ -43,6 +43,7 @@ def describe(path: Path, *, encoder: str | None = None) -> dict[str, Any]:
     left_out += [(name, "ours has none") for name in found.extra]
     obstacles = found.obstacles()
     missing = _missing(found)
+    lacking = [name for name in missing if name != "pos_embed"]
     return {
         "file": printable(path),
         "format": found.format.name,
@@ -57,7 +58,7 @@ def describe(path: Path, *, encoder: str | None = None) -> dict[str, Any]:
         ],
         "missing": missing,
         "decoder": bool(found.decoder),
-        "obstacles": obstacles or [f"lacks {name}" for name in missing if name != "pos_embed"],
+        "obstacles": obstacles or ([f"lacks {listed(lacking)}"] if lacking else []),
         "instead": found.instead() if obstacles else None,
     }
 
@@ -88,7 +89,7 @@ def lines(told: dict[str, Any]) -> list[str]:
             groups.setdefault(group["why"], []).append((group["names"], group["number"]))
         parts = [f"{_shown(names)} ({why})" for why, names in groups.items()]
         found.append(f"  left out: {'; '.join(parts)}")
-    found.append(f"  missing: {_shown(told['missing'].items()) or 'nothing'}")
+    found.append(f"  missing: {listed(told['missing']) or 'nothing'}")
     if told["decoder"]:
         found.append("  MAE's decoder is there and whole: convert import and export take it along")
     if told["obstacles"]:
@@ -125,14 +126,14 @@ def _architecture(found: FoundEncoder) -> dict[str, Any]:
     }
 
 
-def _missing(found: FoundEncoder) -> dict[str, int]:
+def _missing(found: FoundEncoder) -> list[str]:
     """Names that an encoder of as many blocks has, and this has not."""
     wanted = []
     for name in OURS:
         blocks = range(found.depth) if "#" in name else (0,)
         kinds = ("weight", "bias") if "*" in name else ("",)
         wanted += [name.replace("#", str(i)).replace("*", k) for i in blocks for k in kinds]
-    return _groups(name for name in wanted if name not in found.weights)
+    return [name for name in wanted if name not in found.weights]
 
 
 def _why(name: str, others: list[str]) -> str:

@@ -94,7 +94,7 @@ def check_fit(encoder: Encoder, found: FoundEncoder) -> list[str]:
     for key, value in weights.items():
         if reason := _unfit(key, value, own[key]):
             raise ConvertError(f"{where}: {key} {reason} ({encoder.config.name})")
-    attn: Any = encoder.blocks[0].attn  # type: ignore[index]
+    attn: Any = encoder.blocks[0].attn
     if found.stated.num_heads not in (None, attn.num_heads):
         raise ConvertError(
             f"{where}: its blocks have {found.stated.num_heads} heads, this encoder's "

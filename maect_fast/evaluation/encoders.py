@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from maect_fast.checkpoint import CheckpointError, peek_checkpoint
 from maect_fast.config import Config, ConfigError, EncoderConfig, load_config
 from maect_fast.convert import FoundEncoder, check_fit, check_possible, find_encoder, load_encoder
+from maect_fast.convert.find import FOLDER_FILE
 from maect_fast.data import build_source
 from maect_fast.evaluation.runs import Split, Weights, load_run, run_encoder, weights_line
 from maect_fast.models.encoder import Encoder
@@ -76,7 +77,8 @@ class TimmEncoder(nn.Module):
 
 def is_run(word: str) -> bool:
     """Whether the word means a run directory, there or not."""
-    return not word.startswith(TIMM) and not Path(word).is_file()
+    path = Path(word)
+    return not word.startswith(TIMM) and not path.is_file() and not (path / FOLDER_FILE).is_file()
 
 
 def check_encoder(
