@@ -43,7 +43,8 @@ def assert_equal(one: State, other: State) -> None:
 def mae_state(img_size: int, width: int = 192) -> State:
     """Of an MAE: fixed positions, nothing for the class token."""
     generator = torch.Generator().manual_seed(0)
-    sizes = {"img_size": img_size, "embed_dim": width, "depth": 2, "num_heads": width // 64}
+    sizes: dict[str, Any] = {"img_size": img_size, "embed_dim": width, "depth": 2}
+    sizes["num_heads"] = width // 64
     vit = timm.create_model(NAME, num_classes=0, **sizes)
     state = {
         name: value + 0.05 * torch.randn(value.shape, generator=generator)
@@ -124,7 +125,7 @@ def test_huggingface_to_ours_to_huggingface(kind: str, tmp_path: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     is_mae = kind == "ViTMAEForPreTraining"
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 128, "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6}
     config = (
         transformers.ViTMAEConfig(**sizes, decoder_hidden_size=16, decoder_num_hidden_layers=1,
@@ -234,12 +235,12 @@ def test_a_runs_decoder_goes_along(run: Path, tmp_path: Path) -> None:
     noise, pixels = torch.rand(3, 16), images(8, in_chans=1)
     config = load_config(torch.load(last_checkpoint(run))["config"])
     world = World(rank=0, size=1, local_rank=0, group=None, device=torch.device("cpu"))
-    ours = build_stage(config, world, total=2).model
+    ours: Any = build_stage(config, world, total=2).model
     ours.load_state_dict(own)
     masking = random_masking(noise, model.config.mask_ratio)
     with torch.no_grad():
         tokens = ours.encoder(pixels, masking.ids_keep)
-        expected = ours.decoder(tokens, masking)  # type: ignore[operator]
+        expected = ours.decoder(tokens, masking)
         logits = model.eval()(pixels, noise=noise).logits
     rows = torch.arange(3)[:, None]
     found_pixels = logits[rows, masking.ids_removed]
@@ -297,7 +298,7 @@ def test_a_failure_leaves_nothing(
         (tmp_path / "seen").touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(exporting, "save_for_hf", full)
     monkeypatch.setattr(exporting, "_save_safetensors", full)
     monkeypatch.setattr(exporting, "_compared", full)

@@ -8,12 +8,14 @@ which those programs' models are copies, or of the transcription.
 import argparse
 import json
 from collections.abc import Callable
+from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import timm
 import torch
+import transcription
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -24,7 +26,6 @@ from maect_fast.convert import ConvertError, find_encoder
 from maect_fast.convert.formats import FORMATS, LAYOUTS
 from maect_fast.convert.inspect import describe
 from maect_fast.evaluation.encoders import check_encoder, open_encoder
-from tests import transcription
 
 State = dict[str, Tensor]
 WIDTH, HEADS, DEPTH, PATCH = 32, 2, 2, 16
@@ -233,12 +234,10 @@ def without_row(state: State) -> State:
 
 def kappamodules(state: State) -> State:
     named = dict(without_row(state))
-    grid = named.pop("pos_embed").unflatten(1, (round(named_side(state)), -1))
+    rows = named.pop("pos_embed")
+    side = isqrt(rows.shape[1])
+    grid = rows.view(1, side, side, -1)
     return named | {"pos_embed.embed": grid, "cls_tokens.tokens": named.pop("cls_token")}
-
-
-def named_side(state: State) -> float:
-    return float((state["pos_embed"].shape[1] - 1) ** 0.5)
 
 
 HEAD = {"head.weight": torch.ones(5, WIDTH), "head.bias": torch.ones(5)}
@@ -351,8 +350,8 @@ def test_published_keys(name: str, plain: dict[int, VisionTransformer], tmp_path
         if name in ("mae-ct", "mim-refiner"):
             # These have no position for the class token.
             vit = timm_vit(img_size, num_classes=0)
-            vit.pos_embed.data[:, 0] = 0
             weights = vit.state_dict()
+            weights["pos_embed"][:, 0] = 0
         torch.save(write(weights, other), path)
         with torch.no_grad():
             expected = vit.forward_features(images(img_size))
@@ -385,7 +384,7 @@ def test_facebooks_own_resampling(plain: dict[int, VisionTransformer], tmp_path:
     """facebookresearch/mae@efb2a80: util/pos_embed.py, bicubic, without antialiasing."""
     torch.save({"model": plain[224].state_dict()}, tmp_path / "mae.pth")
     vit = timm_vit(96, num_classes=0)
-    rows = plain[224].pos_embed.detach()
+    rows = plain[224].state_dict()["pos_embed"]
     grid = rows[:, 1:].reshape(1, 14, 14, WIDTH).permute(0, 3, 1, 2)
     grid = nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
     vit.load_state_dict(

@@ -197,8 +197,8 @@ def find_encoder(
         stem = next((key for key in tree if STEMS.search(key)), None)
         why = f"; {shortened(stem, 80)} is of a stem of convolutions" if stem else ""
         raise ConvertError(
-            f"{name}: expected a ViT encoder, found no patch embedding (such as "
-            f"patch_embed.proj.weight){why}"
+            f"{name}: expected a ViT encoder, found nothing named {LAYOUTS['timm'].anchor}, nor as "
+            f"other libraries name it{why}"
         )
     place, others = _choose(places, encoder, name)
     layout = LAYOUTS[place.layout]
@@ -221,6 +221,7 @@ def find_encoder(
             f"{place.where}: {layout.anchor} is {list(anchor.shape)}, expected 4 dimensions"
         )
     heads = found_format.num_heads.get(anchor.shape[0])
+    own_names = {"/".join((*place.path, key)) for key in place.tensors}
     blocks = {match[1] for key in inside if (match := re.match(layout.block, key))}
     return FoundEncoder(
         where=place.where,
@@ -230,7 +231,7 @@ def find_encoder(
         weights=weights,
         extra=extra,
         beside=[*dropped, *beside_names],
-        elsewhere=[key for key in _tensor_names(content) if key not in _own_names(place)],
+        elsewhere=[key for key in _tensor_names(content) if key not in own_names],
         decoder=decoder if _is_whole(decoder) else {},
         stated=_stated(content, metadata, beside, heads, place.layout),
         anchor=anchor,
@@ -292,10 +293,6 @@ def _tensor_names(content: Mapping[str, Any]) -> Iterator[str]:
         for key, value in inside.items():
             if isinstance(value, Tensor):
                 yield "/".join((*path, key))
-
-
-def _own_names(place: _Place) -> set[str]:
-    return {"/".join((*place.path, key)) for key in place.tensors}
 
 
 def _places(content: Mapping[str, Any], file: str) -> Iterator[_Place]:

@@ -208,7 +208,7 @@ def test_positions_are_resampled_bicubically_without_antialiasing(
         (lambda w: w.update({"pos_embed": torch.ones(16)}), r"pos_embed is \[16\]"),
         (lambda w: w.update({"cls_token": w["cls_token"].long()}), "cls_token is torch.int64"),
         (lambda w: w["norm.bias"].fill_(float("nan")), "norm.bias holds NaN or infinity"),
-        (lambda w: w.pop("patch_embed.proj.weight"), "found no patch embedding"),
+        (lambda w: w.pop("patch_embed.proj.weight"), "found nothing named patch_embed"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_and_change_nothing(
