@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import shlex
 import sys
@@ -270,6 +271,8 @@ def _parser() -> argparse.ArgumentParser:
             help="of runs: the encoder's EMA where one was kept (default), or it as trained",
         )
 
+    _add_convert(commands)
+
     doctor = commands.add_parser("doctor", help="versions, devices, and which backends work")
     doctor.add_argument(
         "--check",
@@ -284,6 +287,80 @@ def _parser() -> argparse.ArgumentParser:
     # Listed here for --help; its own command line is in benchmarks/cli.py.
     commands.add_parser("bench", help="time every op beside its peers and the device's floor")
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    """`convert inspect`, `import` and `export`."""
+    convert = commands.add_parser(
+        "convert", help="what a file of weights is; other programs' encoders to ours, and back"
+    )
+    actions = convert.add_subparsers(dest="action", required=True, metavar="ACTION")
+    inspect = actions.add_parser("inspect", help="what a file is, and what would be taken of it")
+    inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="for programs: one list")
+    take = actions.add_parser("import", help="write a file's encoder as ours")
+    take.add_argument("file", type=Path, metavar="FILE")
+    take.add_argument("--out", type=Path, required=True, metavar="X.safetensors")
+    for action in (inspect, take):
+        action.add_argument(
+            "--encoder",
+            metavar="NAME",
+            help="which encoder of a file with several (student, teacher, ...); default: the "
+            "averaged one (target_encoder, teacher, an EMA), of MoCo v3 base_encoder",
+        )
+    give = actions.add_parser("export", help="write an encoder as another program's")
+    give.add_argument("source", metavar="RUN", help="a run directory, or a file with weights")
+    give.add_argument(
+        "--to",
+        required=True,
+        dest="target",
+        choices=("timm", "huggingface", "facebook", "mae-ct", "onnx", "torch-export"),
+        help="timm, huggingface: a folder; the others: a file",
+    )
+    give.add_argument("--out", type=Path, required=True, metavar="PATH", help="not there yet")
+    give.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="of runs: the encoder's EMA where one was kept (default), or it as trained",
+    )
+    give.add_argument("--opset", type=int, metavar="N", help="of ONNX; default: PyTorch's")
+    for action in (inspect, take, give):
+        # The last one on the line counts, before or behind the action.
+        action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+    convert.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.action == "inspect":
+        from maect_fast.convert.inspect import describe, lines
+
+        if options.overrides:
+            raise ConfigError(f"convert inspect takes no settings, got {options.overrides[0]}")
+        told = [describe(file, encoder=options.encoder) for file in options.files]
+        if options.json:
+            print(json.dumps(told, indent=2))
+        else:
+            print("\n".join(line for file in told for line in lines(file)))
+        return 0
+    from maect_fast.convert.export import export, import_file
+
+    if options.action == "import":
+        told_lines = import_file(
+            options.file, options.out, encoder=options.encoder, overrides=options.overrides
+        )
+        told_lines = [*told_lines, f"{printable(options.out)}: written"]
+    else:
+        told_lines = export(
+            options.source,
+            options.target,
+            options.out,
+            weights=options.weights,
+            overrides=options.overrides,
+            opset=options.opset,
+        )
+    print("\n".join(told_lines))
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from maect_fast.names import one_line, printable, shortened
 
-__all__ = ["open_regular", "read_tensor_file"]
+__all__ = ["open_regular", "read_metadata", "read_tensor_file"]
 
 # What describes the tensors: safetensors' header, a pickle, the list of an archive's records. Those
 # of a ViT-H with its optimizer (2,400 tensors) take 0.4 MB; read, they are many times as large.
@@ -64,6 +64,16 @@ DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+
 
 def open_regular(path: str | Path) -> IO[bytes]:
     """Open a file for reading; whoever waits behind a pipe, a socket or a device is not asked.
@@ -88,8 +98,8 @@ def read_tensor_file(path: str | Path, *, with_tensors: bool = True) -> dict[str
 
     Args:
         path: of the file.
-        with_tensors: False leaves the bytes of an archive's tensors unread, and them on the meta
-            device.
+        with_tensors: False leaves the bytes of tensors unread, and them on the meta device, but for
+            files of PyTorch before 1.6.
 
     Raises:
         ValueError: the file is missing, damaged, of another kind, holds what could run code, or
@@ -99,7 +109,7 @@ def read_tensor_file(path: str | Path, *, with_tensors: bool = True) -> dict[str
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if Path(path).suffix == ".safetensors":
-                return _read_safetensors(path, file, size)
+                return _read_safetensors(path, file, size, with_tensors)
             content = _read_torch(file, size, with_tensors)
     except _RefusedError:
         raise
@@ -121,10 +131,31 @@ def _check_description(length: int) -> None:
         raise _RefusedError(f"{length} bytes to describe its tensors, at most {MAX_DESCRIPTION}")
 
 
-def _read_safetensors(path: str | Path, file: IO[bytes], size: int) -> dict[str, Tensor]:
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that a safetensors file has beside its tensors; none of another file.
+
+    Raises:
+        ValueError: as for `read_tensor_file`.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open_regular(path) as file:
+            _check_description(int.from_bytes(file.read(8), "little"))
+        with safe_open(path, "pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(one_line(error)) from error
+
+
+def _read_safetensors(
+    path: str | Path, file: IO[bytes], size: int, with_tensors: bool
+) -> dict[str, Tensor]:
     """Its own library compares sizes, once the header is one to parse."""
     # Programs that read none need not have it.
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     start = file.read(8)
@@ -133,9 +164,20 @@ def _read_safetensors(path: str | Path, file: IO[bytes], size: int) -> dict[str,
         raise _RefusedError(f"not a readable safetensors file: cut off (it has {size} bytes)")
     _check_description(length)
     try:
-        return dict(load_file(path))
+        if with_tensors:
+            return dict(load_file(path))
+        with safe_open(path, "pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            return {key: _on_meta(value) for key, value in slices.items()}
     except SafetensorError as error:
         raise _RefusedError(f"not a readable safetensors file: {one_line(error)}") from error
+
+
+def _on_meta(part: Any) -> Tensor:
+    """What a slice of a safetensors file is of, without its bytes."""
+    shape = part.get_shape()
+    dtype = SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _read_torch(file: IO[bytes], size: int, with_tensors: bool) -> Any:

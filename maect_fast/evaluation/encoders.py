@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from maect_fast.checkpoint import CheckpointError, peek_checkpoint
 from maect_fast.config import Config, ConfigError, EncoderConfig, load_config
-from maect_fast.convert import FoundEncoder, check_fit, find_encoder, load_encoder
+from maect_fast.convert import FoundEncoder, check_fit, check_possible, find_encoder, load_encoder
+from maect_fast.convert.find import FOLDER_FILE
 from maect_fast.data import build_source
 from maect_fast.evaluation.runs import Split, Weights, load_run, run_encoder, weights_line
 from maect_fast.models.encoder import Encoder
@@ -23,7 +24,15 @@ from maect_fast.names import one_line, printable
 from maect_fast.training.distributed import resolve_device
 from maect_fast.training.stages import last_checkpoint
 
-__all__ = ["TIMM", "Opened", "TimmEncoder", "check_encoder", "is_run", "open_encoder"]
+__all__ = [
+    "TIMM",
+    "Opened",
+    "TimmEncoder",
+    "check_encoder",
+    "check_file",
+    "is_run",
+    "open_encoder",
+]
 
 TIMM = "timm:"
 # What is to be said of timm's models in `encoder.*`; the rest comes with the weights.
@@ -68,7 +77,8 @@ class TimmEncoder(nn.Module):
 
 def is_run(word: str) -> bool:
     """Whether the word means a run directory, there or not."""
-    return not word.startswith(TIMM) and not Path(word).is_file()
+    path = Path(word)
+    return not word.startswith(TIMM) and not path.is_file() and not (path / FOLDER_FILE).is_file()
 
 
 def check_encoder(
@@ -102,7 +112,7 @@ def check_encoder(
             )
         config = load_config(peek_checkpoint(path)["config"], overrides=overrides)
     else:
-        config = _find_in_file(word, overrides)[0]
+        config = check_file(word, overrides)[0]
     labels = [build_source(config.data, config.encoder, split=split).labels for split in splits]
     if word.startswith(TIMM):
         _pretrained(word, config)
@@ -130,7 +140,7 @@ def open_encoder(word: str, overrides: Sequence[str] = (), *, weights: Weights =
 
 
 def _open_file(word: str, overrides: Sequence[str]) -> Opened:
-    config, found = _find_in_file(word, overrides)
+    config, found = check_file(word, overrides)
     encoder = Encoder(config.encoder).float()
     taken = "; ".join(load_encoder(encoder, found))
     sizes = (
@@ -141,11 +151,24 @@ def _open_file(word: str, overrides: Sequence[str]) -> Opened:
     return Opened(config, encoder, "file", os.path.abspath(word), f"{taken}; {sizes}", None)
 
 
-def _find_in_file(word: str, overrides: Sequence[str]) -> tuple[Config, FoundEncoder]:
-    """The encoder in a file, and settings that it fits."""
+def check_file(
+    word: str, overrides: Sequence[str], *, encoder: str | None = None
+) -> tuple[Config, FoundEncoder]:
+    """The encoder in a file, and settings that it fits.
+
+    Args:
+        word: the file.
+        overrides: `key=value` changes of the configuration.
+        encoder: which, where there are several; None takes the default one.
+
+    Raises:
+        CheckpointError: there is none, or none that an encoder of ours can be.
+        ConfigError: an override that does not fit, or heads that nothing tells.
+    """
     try:
-        found = find_encoder(word)
-        config = load_config({"encoder": found.sizes()}, overrides=overrides)
+        found = find_encoder(word, encoder=encoder)
+        check_possible(found)
+        config = load_config(found.settings(), overrides=overrides)
         if config.encoder.num_heads is None:
             raise ConfigError(
                 f"encoder.num_heads: {printable(word)} does not say how many its blocks have; "
