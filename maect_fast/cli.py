@@ -27,6 +27,7 @@ examples:
   maect-fast tune --recipe l16 --init runs/head --out runs/mae-ct data.root=/images/train
   maect-fast plan --recipe h14 batch_size=512
   maect-fast evaluate runs/mae runs/mae-ct data.test_root=/images/val
+  maect-fast cluster runs/mae-ct --out clusters data.root=/images/train
   torchrun --nproc-per-node 8 -m maect_fast.cli tune ...
 key=value changes a setting of the recipe (epochs=10 optim.encoder_lr=5e-5 data.workers=8).
 The same command on an existing run directory continues the run; --change KEY=VALUE continues it
@@ -110,6 +111,11 @@ def cluster_count(text: str) -> int:
     if not 2 <= value <= 1_000_000:
         raise ValueError
     return value
+
+
+def cluster_count_or_auto(text: str) -> int | str:
+    """The same, or that the program chooses."""
+    return text if text == "auto" else cluster_count(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -240,7 +246,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     extract.add_argument("--split", choices=("train", "test"), default="train")
     extract.set_defaults(run=_extract)
-    for command in (evaluate, extract):
+
+    cluster = commands.add_parser(
+        "cluster", help="put images into clusters by an encoder's features, and show them in a page"
+    )
+    cluster.add_argument("encoder", metavar="RUN", help=ENCODER)
+    cluster.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="of clusters.csv (a row per image: path, id, label, class, cluster, distance to its "
+        "centre) and gallery.html",
+    )
+    cluster.add_argument(
+        "--k",
+        type=cluster_count_or_auto,
+        default="auto",
+        metavar="K",
+        help="clusters; auto (default): of 2 to 30 the number of the largest silhouette on at most "
+        "4,096 images",
+    )
+    cluster.add_argument(
+        "--format", choices=("csv", "parquet"), default="csv", help="of the table; default: csv"
+    )
+    cluster.add_argument("--seed", type=seed, default=0, help="of k-means; default: 0")
+    cluster.set_defaults(run=_cluster)
+    for command in (evaluate, extract, cluster):
         command.add_argument(
             "--weights",
             choices=("ema", "model"),
@@ -402,6 +434,24 @@ def _extract(options: argparse.Namespace) -> int:
     left_out = f", {len(extracted.missing)} images missing" if extracted.missing else ""
     names = ", ".join(map(str, written))
     print(f"{names}: {number} x {width} ({config.head.pooling}){left_out}")
+    return 0
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    from maect_fast.evaluation.cluster_images import cluster_images
+
+    print(
+        cluster_images(
+            options.encoder,
+            options.out,
+            number=options.k,
+            table=options.format,
+            weights=options.weights,
+            seed=options.seed,
+            overrides=options.overrides,
+            command=options.typed,
+        )
+    )
     return 0
 
 
