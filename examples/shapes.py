@@ -81,13 +81,13 @@ SHAPES: dict[str, tuple[list[Point], list[Point]]] = {
 
 
 def render(kind: str, rng: random.Random) -> Image.Image:
-    """One shape: saturated on a light ground, both of any hue."""
+    """One shape: bright on a dark ground, both of any hue."""
     size = rng.uniform(0.26, 0.4) * SIDE
     # Evaluation cuts 6 % off each side.
     place = [rng.uniform(size + 6, SIDE - size - 6) for _ in range(2)]
     turn = rng.uniform(0, 2 * math.pi)
-    ground = _colour(rng.random(), rng.uniform(0, 0.25), rng.uniform(0.8, 1))
-    paint = _colour(rng.random(), rng.uniform(0.6, 1), rng.uniform(0.25, 0.7))
+    ground = _colour(rng.random(), rng.random(), rng.uniform(0, 0.2))
+    paint = _colour(rng.random(), rng.uniform(0.2, 0.8), rng.uniform(0.7, 1))
     image = Image.new("RGB", (SIDE * FINE, SIDE * FINE), ground)
     mask = Image.new("L", image.size)
     draw = ImageDraw.Draw(mask)

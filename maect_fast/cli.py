@@ -129,7 +129,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="all three stages on real digits, about three minutes")
+    demo = commands.add_parser(
+        "demo", help="all three stages on real digits or your images, in minutes, with a report"
+    )
+    demo.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="of images, with or without class sub-folders, in the digits' place: a small encoder "
+        "is trained on them from scratch, and their clusters are shown in a gallery",
+    )
+    demo.add_argument(
+        "--k",
+        type=cluster_count_or_auto,
+        default="auto",
+        metavar="K",
+        help="with --data: clusters in the gallery; auto (default) as in `cluster`",
+    )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
     demo.add_argument(
@@ -297,9 +313,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if options.data is None and options.k != "auto":
+        raise ConfigError("--k: expected with --data, whose images it is about")
     from maect_fast.demo import run_demo
 
-    stopped_by = run_demo(options.out, seeds=options.seeds, control=options.control)
+    stopped_by = run_demo(
+        options.out,
+        seeds=options.seeds,
+        control=options.control,
+        data=options.data,
+        number=options.k,
+    )
     return _stopped(stopped_by, options.out)
 
 
