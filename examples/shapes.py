@@ -131,7 +131,7 @@ def write_shapes(folder: Path, *, number: int = 300, labels: bool = False, seed:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("shapes"))
     parser.add_argument("--number", type=int, default=300, help="default: 300")
     parser.add_argument("--labels", action="store_true", help="a sub-folder for each kind")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")

@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(
             "--recipe",
             metavar="NAME",
-            help="b16, l16, h16, h14, those with -aug, digits, or a YAML file; "
+            help="b16, l16, h16, h14, those with -aug, digits, small, or a YAML file; "
             "not needed to continue a run",
         )
         train.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory")

@@ -96,13 +96,6 @@ def test_a_folder_in_the_digits_place(
     assert {row["cluster"] for row in table} == {0, 1, 2}
 
 
-def test_the_demo_says_what_it_cannot_use(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--data", "/nowhere"]) == 2
-    assert "--data: expected a folder of images, got /nowhere" in capsys.readouterr().err
-    assert main(["demo", "--k", "3"]) == 2
-    assert "--k: expected with --data" in capsys.readouterr().err
-
-
 def test_the_stages_learn(tmp_path: Path) -> None:
     """A few of the demo's epochs: losses fall, neighbours get better."""
     lines = {}

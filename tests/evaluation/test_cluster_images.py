@@ -134,22 +134,14 @@ def test_unlabelled_images_as_parquet(
     assert {row["label"] for row in rows} == {row["class"] for row in rows} == {None}
 
 
-def test_mistakes_are_one_line(
+def test_more_clusters_than_images(
     weights: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["cluster", weights, *SETTINGS, f"data.root={images}", "--out"]
-    for arguments, told in (
-        ([str(tmp_path), "--k", "99"], "--k: expected at most as many clusters as images (60)"),
-        ([str(images / "red" / "<b>00&amp;.png")], "is a file, expected a folder"),
-    ):
-        capsys.readouterr()
-        assert main([*command, *arguments]) == 2
-        assert told in capsys.readouterr().err
+    command = ["cluster", weights, *SETTINGS, f"data.root={images}", "--out", str(tmp_path)]
+    assert main([*command, "--k", "99"]) == 2
+    told = "--k: expected at most as many clusters as images (60), got 99"
+    assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    for number in ("1", "many"):
-        with pytest.raises(SystemExit, match="2"):
-            main([*command, str(tmp_path), "--k", number])
-        assert "--k" in capsys.readouterr().err
 
 
 def test_the_largest_cluster_is_the_first() -> None:
