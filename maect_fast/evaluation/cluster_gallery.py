@@ -93,7 +93,8 @@ def write_gallery(
     A thumbnail is the middle of the image, which is what the encoder sees, at 96 pixels; images
     that can no longer be read have none. Neighbours are by cosine among the images on the page.
 
-    Measured with 100,000 images in 30 clusters, features of dimension 768: see the README.
+    Measured with 100,000 images in 30 clusters and features of dimension 768, k-means included: a
+    page of 22 MB, and a process of at most 2.1 GB, of which 0.9 are its libraries.
 
     Args:
         path: of the HTML file.
