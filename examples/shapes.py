@@ -85,7 +85,7 @@ def render(kind: str, rng: random.Random) -> Image.Image:
     size = rng.uniform(0.26, 0.4) * SIDE
     # Evaluation cuts 6 % off each side.
     place = [rng.uniform(size + 6, SIDE - size - 6) for _ in range(2)]
-    turn = rng.uniform(0, 2 * math.pi)
+    turn = rng.uniform(-0.5, 0.5)
     ground = _colour(rng.random(), rng.random(), rng.uniform(0, 0.2))
     paint = _colour(rng.random(), rng.uniform(0.2, 0.8), rng.uniform(0.7, 1))
     image = Image.new("RGB", (SIDE * FINE, SIDE * FINE), ground)

@@ -1,6 +1,8 @@
 """`maect-fast cluster`: the table, the scores, and the gallery in a browser."""
 
+import base64
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -17,8 +19,9 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import silhouette_score
 
 from maect_fast.cli import main
-from maect_fast.config import ConfigError, EncoderConfig
+from maect_fast.config import ConfigError, DataConfig, EncoderConfig
 from maect_fast.convert import export_timm
+from maect_fast.data import TensorSource, build_source
 from maect_fast.evaluation import Features, cluster_gallery
 from maect_fast.evaluation.cluster_gallery import choose_shown
 from maect_fast.evaluation.cluster_images import cluster_features
@@ -194,6 +197,30 @@ def test_shown_images_are_the_nearest_and_the_farthest(monkeypatch: pytest.Monke
     # Few images are all there.
     few = choose_shown(torch.tensor([0, 0, 1]), torch.rand(3))
     assert sorted(few.rows) == [0, 1, 2]
+
+
+def test_small_grey_images_in_memory(tmp_path: Path) -> None:
+    """Scikit-learn's digits: enlarged to thumbnails, without files."""
+    sizes = EncoderConfig(img_size=8, in_chans=1, patch_size=4, depth=1, embed_dim=24, num_heads=2)
+    torch.save({"model": export_timm(Encoder(sizes))}, tmp_path / "grey.pth")
+    own = ["data.source=digits", "augment.mean=[0.3]", "augment.std=[0.4]"]
+    command = ["cluster", str(tmp_path / "grey.pth"), "--out", str(tmp_path / "out"), "--k", "2"]
+    assert main([*command, *SETTINGS, *own]) == 0
+    text = (tmp_path / "out" / "gallery.html").read_text()
+    shown = json.loads(text.partition('id="page">')[2].partition("</script>")[0])
+    assert shown["numImages"] == 1437
+    assert sum(cluster["size"] for cluster in shown["clusters"]) == 1437
+    images = shown["images"]
+    digits = build_source(DataConfig(source="digits"), sizes, split="train")
+    assert isinstance(digits, TensorSource)
+    for i in (0, 700):
+        content = base64.b64decode(images["thumbnail"][i])
+        thumbnail = np.asarray(Image.open(io.BytesIO(content))).astype(int)
+        index = int(images["name"][i].removeprefix("image "))
+        enlarged = digits.images[index, 0].numpy().astype(int).repeat(12, 0).repeat(12, 1)
+        assert thumbnail.shape == (96, 96)
+        # A JPEG blurs edges.
+        assert np.abs(thumbnail - enlarged).mean() < 10
 
 
 @pytest.fixture(scope="module")
