@@ -1,4 +1,4 @@
-"""Render a folder of shapes to try the program on: ten kinds, of any place, size, turn and colour.
+"""Render shapes to try the program on: ten kinds, of any place, size and colour, turned a bit.
 
     python examples/shapes.py shapes
     maect-fast demo --data shapes --out runs/shapes
