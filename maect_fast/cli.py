@@ -28,6 +28,7 @@ examples:
   maect-fast pack /images/train --out train.pack
   maect-fast plan --recipe h14 batch_size=512
   maect-fast evaluate runs/mae runs/mae-ct data.test_root=/images/val
+  maect-fast cluster runs/mae-ct --out clusters data.root=/images/train
   torchrun --nproc-per-node 8 -m maect_fast.cli tune ...
 key=value changes a setting of the recipe (epochs=10 optim.encoder_lr=5e-5 data.workers=8).
 The same command on an existing run directory continues the run; --change KEY=VALUE continues it
@@ -113,6 +114,11 @@ def cluster_count(text: str) -> int:
     return value
 
 
+def cluster_count_or_auto(text: str) -> int | str:
+    """The same, or that the program chooses."""
+    return text if text == "auto" else cluster_count(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="maect-fast",
@@ -124,7 +130,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="all three stages on real digits, about three minutes")
+    demo = commands.add_parser(
+        "demo", help="all three stages on real digits or your images, in minutes, with a report"
+    )
+    demo.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="of images, with or without class sub-folders, in the digits' place: a small encoder "
+        "is trained on them from scratch, and their clusters are shown in a gallery",
+    )
+    demo.add_argument(
+        "--k",
+        type=cluster_count_or_auto,
+        default="auto",
+        metavar="K",
+        help="with --data: clusters in the gallery; auto (default) as in `cluster`",
+    )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
     demo.add_argument(
@@ -147,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(
             "--recipe",
             metavar="NAME",
-            help="b16, l16, h16, h14, those with -aug, digits, or a YAML file; "
+            help="b16, l16, h16, h14, those with -aug, digits, small, or a YAML file; "
             "not needed to continue a run, or with --init RUN: that run's",
         )
         train.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory")
@@ -263,7 +285,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     extract.add_argument("--split", choices=("train", "test"), default="train")
     extract.set_defaults(run=_extract)
-    for command in (evaluate, extract):
+
+    cluster = commands.add_parser(
+        "cluster", help="put images into clusters by an encoder's features, and show them in a page"
+    )
+    cluster.add_argument("encoder", metavar="RUN", help=ENCODER)
+    cluster.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="of clusters.csv (a row per image: path, id, label, class, cluster, distance to its "
+        "centre) and gallery.html",
+    )
+    cluster.add_argument(
+        "--k",
+        type=cluster_count_or_auto,
+        default="auto",
+        metavar="K",
+        help="clusters; auto (default): of 2 to 30 the number of the largest silhouette on at most "
+        "4,096 images",
+    )
+    cluster.add_argument(
+        "--format", choices=("csv", "parquet"), default="csv", help="of the table; default: csv"
+    )
+    cluster.add_argument("--seed", type=seed, default=0, help="of k-means; default: 0")
+    cluster.set_defaults(run=_cluster)
+    for command in (evaluate, extract, cluster):
         command.add_argument(
             "--weights",
             choices=("ema", "model"),
@@ -364,9 +412,17 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if options.data is None and options.k != "auto":
+        raise ConfigError("--k: expected with --data, whose images it is about")
     from maect_fast.demo import run_demo
 
-    stopped_by = run_demo(options.out, seeds=options.seeds, control=options.control)
+    stopped_by = run_demo(
+        options.out,
+        seeds=options.seeds,
+        control=options.control,
+        data=options.data,
+        number=options.k,
+    )
     return _stopped(stopped_by, options.out)
 
 
@@ -502,6 +558,24 @@ def _extract(options: argparse.Namespace) -> int:
     left_out = f", {len(extracted.missing)} images missing" if extracted.missing else ""
     names = ", ".join(map(str, written))
     print(f"{names}: {number} x {width} ({config.head.pooling}){left_out}")
+    return 0
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    from maect_fast.evaluation.cluster_images import cluster_images
+
+    print(
+        cluster_images(
+            options.encoder,
+            options.out,
+            number=options.k,
+            table=options.format,
+            weights=options.weights,
+            seed=options.seed,
+            overrides=options.overrides,
+            command=options.typed,
+        )
+    )
     return 0
 
 

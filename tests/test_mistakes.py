@@ -309,9 +309,18 @@ extract {run} --out {bad} | bad
 extract {run} --out {out}/x | --out
 extract {run} --out {out}/x.h5 | --out
 extract {run} --out {out}/x.npy --weights best | --weights
+cluster {run} | --out
+cluster {run} --out {file} | file.txt
+cluster {run} --out {out} --k 1 | --k
+cluster {run} --out {out} --k many | --k
+cluster {run} --out {out} --format xlsx | --format
+cluster {out} --out {out} | checkpoint
+cluster timm:vit_nope --out {out} | timm:vit_nope
 doctor x | x
 doctor epochs=3 | epochs=3
 demo --seeds | --seeds
+demo --data {out} | --data
+demo --k 3 | --k
 demo --seeds one | --seeds
 demo --out {out} --seeds -1 | seed
 demo --out {file} | file.txt

@@ -98,7 +98,7 @@ def evaluate_features(
         `linear_probe` (best head and epoch on the test set, as the paper reports),
         `linear_probe_last`; `low_shot_1`, `_2`, `_5` with `_std` over the draws; `kmeans_acc` with
         `_std` over the restarts, `kmeans_acc_best` (the restart of lowest inertia), `kmeans_nmi`,
-        `kmeans_ari`; where there are no two classes to compare with, `silhouette`,
+        `kmeans_ari`, `kmeans_purity`; where there are no two classes to compare with, `silhouette`,
         `cluster_smallest`, `cluster_largest` instead; `view_agreement`, `alignment`, `uniformity`
         of `views`. Rows without a label are left out of everything but the clustering itself;
         metrics that cannot be computed (no labels, a single class, a class with fewer images than
@@ -153,6 +153,7 @@ def evaluate_features(
                 "kmeans_acc_best": runs.best_scores(features.label).acc,
                 "kmeans_nmi": scores.nmi,
                 "kmeans_ari": scores.ari,
+                "kmeans_purity": scores.purity,
             }
         else:
             result |= score_unlabelled_clusters(test, num_clusters=num_clusters, seed=seed)

@@ -12,12 +12,29 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
+from sklearn.metrics import (
+    adjusted_rand_score,
+    confusion_matrix,
+    normalized_mutual_info_score,
+    silhouette_score,
+)
 from torch import Tensor
 
 from maect_fast.evaluation.features import Features
 
-__all__ = ["ClusterScores", "Clustering", "kmeans", "match_clusters", "score_clusters"]
+__all__ = [
+    "ClusterScores",
+    "Clustering",
+    "kmeans",
+    "match_clusters",
+    "score_clusters",
+    "score_numbers",
+    "silhouette",
+    "some_rows",
+]
+
+MAX_ROWS = 4096
+MAX_CLUSTERS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +47,9 @@ class ClusterScores:
     """Normalised mutual information, arithmetic mean of the entropies."""
     ari: float
     """Adjusted Rand index; 0 is chance."""
+    purity: float
+    """Share of the rows that are of their cluster's most frequent class; grows with the number of
+    clusters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +62,7 @@ class Clustering:
     """The clusters [N] of every run."""
 
     def scores(self, label: Tensor) -> tuple[ClusterScores, float]:
-        """Mean of ACC, NMI and ARI over the runs, and the standard deviation of ACC.
+        """Mean of each score over the runs, and the standard deviation of ACC.
 
         `label` is [N] int64; rows labelled -1 do not count.
         """
@@ -52,6 +72,7 @@ class Clustering:
             acc=float(np.mean([s.acc for s in scores])),
             nmi=float(np.mean([s.nmi for s in scores])),
             ari=float(np.mean([s.ari for s in scores])),
+            purity=float(np.mean([s.purity for s in scores])),
         )
         return mean, float(np.std([s.acc for s in scores]))
 
@@ -107,7 +128,7 @@ def match_clusters(label: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score_clusters(label: Tensor, cluster: Tensor) -> ClusterScores:
-    """ACC, NMI and ARI of one clustering; label and cluster [N] int64, all 0 or more.
+    """All scores of one clustering; label and cluster [N] int64, all 0 or more.
 
     Raises:
         ValueError: no rows, or different lengths.
@@ -122,4 +143,47 @@ def score_clusters(label: Tensor, cluster: Tensor) -> ClusterScores:
         acc=int(confusion.trace()) / len(label),
         nmi=float(normalized_mutual_info_score(label.numpy(), cluster.numpy())),
         ari=float(adjusted_rand_score(label.numpy(), cluster.numpy())),
+        purity=int(confusion.max(dim=0).values.sum()) / len(label),
     )
+
+
+def silhouette(features: Features, cluster: Tensor, *, seed: int = 0) -> float | None:
+    """Mean silhouette by cosine distance, in [-1, 1], over at most 4,096 rows.
+
+    Args:
+        features: N rows.
+        cluster: [N] int64.
+        seed: of the choice of rows.
+
+    Returns:
+        None where there are no two clusters, or no two rows of one, among them.
+    """
+    rows = some_rows(len(features), seed)
+    if not 2 <= len(torch.unique(cluster[rows])) < len(rows):
+        return None
+    return float(silhouette_score(features.x[rows], cluster[rows], metric="cosine"))
+
+
+def score_numbers(features: Features, *, seed: int = 0) -> dict[int, float]:
+    """The silhouette of k-means for 2 to 30 clusters, by which their number can be chosen.
+
+    Source: Rousseeuw 1987, doi 10.1016/0377-0427(87)90125-7: the number with the largest mean
+    silhouette. At most 4,096 rows are clustered, each time the best of three starts.
+
+    Returns:
+        By number of clusters, as many as one for every two of the rows.
+    """
+    rows = some_rows(len(features), seed)
+    some = Features(x=features.x[rows], label=features.label[rows])
+    scores = {}
+    for number in range(2, min(MAX_CLUSTERS, len(some) // 2) + 1):
+        found = kmeans(some, num_clusters=number, restarts=1, num_init=3, seed=seed)
+        score = silhouette(some, found.cluster, seed=seed)
+        if score is not None:
+            scores[number] = score
+    return scores
+
+
+def some_rows(num_rows: int, seed: int) -> Tensor:
+    """At most 4,096 of them: what looks at all pairs of rows looks at these."""
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS]

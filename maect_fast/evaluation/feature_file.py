@@ -13,7 +13,7 @@ from maect_fast.config import ConfigError
 from maect_fast.evaluation.runs import Extracted
 from maect_fast.names import is_utf8, printable
 
-__all__ = ["SUFFIXES", "check_suffix", "write_features"]
+__all__ = ["SUFFIXES", "check_suffix", "file_columns", "write_features", "write_table"]
 
 # Matrices, beside which a table of the files lies; and tables, which hold the features.
 MATRICES = (".safetensors", ".npy")
@@ -53,9 +53,9 @@ def write_features(extracted: Extracted, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     features, ids = extracted.features, extracted.sample_id
     if path.suffix in TABLES:
-        columns = _files(extracted)
+        columns = file_columns(extracted)
         columns |= _features(extracted, as_list=path.suffix == ".parquet")
-        _write_table(columns, path)
+        write_table(columns, path)
         return [path]
     x = features.x.contiguous()
     if path.suffix == ".npy":
@@ -66,11 +66,11 @@ def write_features(extracted: Extracted, path: Path) -> list[Path]:
     row = np.full(len(extracted.source), -1)
     row[ids] = np.arange(len(ids))
     files = path.with_name(f"{path.name}.files.csv")
-    _write_table({"row": _or_null(row), **_files(extracted)}, files)
+    write_table({"row": _or_null(row), **file_columns(extracted)}, files)
     return [path, files]
 
 
-def _files(extracted: Extracted) -> dict[str, Any]:
+def file_columns(extracted: Extracted) -> dict[str, Any]:
     """Columns with a row for each image of the source."""
     source, missing = extracted.source, extracted.missing
     labels = source.labels.numpy()
@@ -111,7 +111,8 @@ def _or_null(numbers: Any) -> Any:
     return pa.array(numbers, mask=numbers < 0)
 
 
-def _write_table(columns: dict[str, Any], path: Path) -> None:
+def write_table(columns: dict[str, Any], path: Path) -> None:
+    """Write columns as Parquet or CSV, by the suffix, as a whole or not at all."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 

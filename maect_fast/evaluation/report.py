@@ -17,7 +17,7 @@ from tabulate import tabulate
 from maect_fast.checkpoint import write_atomically
 from maect_fast.names import markdown, printable
 
-__all__ = ["METRICS", "Metric", "Rows", "format_table", "write_report"]
+__all__ = ["METRICS", "Metric", "Rows", "format_table", "template", "write_report"]
 
 EMPTY: Mapping[str, str] = MappingProxyType({})
 
@@ -71,6 +71,10 @@ METRICS = {
     ),
     "kmeans_ari": Metric(
         "ARI", "Adjusted Rand index of clusters and classes, 0 by chance, mean over the runs."
+    ),
+    "kmeans_purity": Metric(
+        "purity",
+        "Share of the images that are of their cluster's most frequent class, mean over the runs.",
     ),
     "view_agreement": Metric(
         "view agreement",
@@ -185,13 +189,13 @@ def write_report(
     # Of a name's bytes that are not UTF-8 this makes the escapes that JSON has for them.
     _write(out_dir / "report.json", document.encode(errors="backslashreplace"))
     shared: dict[str, Any] = {"title": title, "about": about, "notes": notes, "columns": columns}
-    page = _template("report.md.jinja").render(
+    page = template("report.md.jinja").render(
         tables={heading: format_table(rows, markdown) for heading, rows in tables.items()},
         figures=files,
         **shared,
     )
     _write(out_dir / "report.md", page.encode())
-    page = _template("report.html.jinja").render(
+    page = template("report.html.jinja").render(
         tables={heading: _html_table(rows) for heading, rows in tables.items()},
         figures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
         **shared,
@@ -201,7 +205,7 @@ def write_report(
     return path
 
 
-def _template(name: str) -> Template:
+def template(name: str) -> Template:
     """Of HTML every text is escaped; both have the filters for names."""
     environment = Environment(
         loader=PackageLoader("maect_fast", "evaluation"),

@@ -7,17 +7,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 
-from maect_fast.evaluation.clustering import kmeans
+from maect_fast.evaluation.clustering import kmeans, silhouette, some_rows
 from maect_fast.evaluation.features import Features
 from maect_fast.kernels import queue_topk
 
 __all__ = ["Views", "num_unlabelled_clusters", "score_unlabelled_clusters", "score_views"]
 
-# Rows of which all pairs are looked at.
-MAX_ROWS = 4096
 NEIGHBOURS = 10
 
 
@@ -52,11 +49,8 @@ def score_unlabelled_clusters(
     cluster = kmeans(features, num_clusters=count, restarts=1, seed=seed).cluster
     sizes = torch.bincount(cluster, minlength=count).double() / len(features)
     found = {"cluster_smallest": float(sizes.min()), "cluster_largest": float(sizes.max())}
-    rows = _some_rows(len(features), seed)
-    if 2 <= len(torch.unique(cluster[rows])) < len(rows):
-        silhouette = silhouette_score(features.x[rows], cluster[rows], metric="cosine")
-        found = {"silhouette": float(silhouette), **found}
-    return found
+    score = silhouette(features, cluster, seed=seed)
+    return found if score is None else {"silhouette": score, **found}
 
 
 def score_views(views: Views, *, seed: int = 0) -> dict[str, float]:
@@ -72,7 +66,7 @@ def score_views(views: Views, *, seed: int = 0) -> dict[str, float]:
     found = {"alignment": float((first - second).square().sum(dim=1).mean())}
     if len(first) < 2:
         return found
-    near = torch.pdist(first[_some_rows(len(first), seed)].double())
+    near = torch.pdist(first[some_rows(len(first), seed)].double())
     k = min(NEIGHBOURS, len(torch.unique(views.sample_id)) - 1)
     if k >= 1:
         ids = views.sample_id
@@ -82,8 +76,3 @@ def score_views(views: Views, *, seed: int = 0) -> dict[str, float]:
         shared = (chosen[0].unsqueeze(2) == chosen[1].unsqueeze(1)).any(dim=2)
         found = {"view_agreement": float(shared.double().mean()), **found}
     return found | {"uniformity": float(near.square().mul(-2).exp().mean().log())}
-
-
-def _some_rows(num_rows: int, seed: int) -> Tensor:
-    """At most `MAX_ROWS` of them."""
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS]

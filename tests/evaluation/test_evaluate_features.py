@@ -17,7 +17,14 @@ KEYS = {
     "linear_probe": {"linear_probe", "linear_probe_last"},
     "low_shot": {f"low_shot_{shots}{part}" for shots in (1, 2, 5) for part in ("", "_std")},
     "clustering": {
-        *("kmeans_acc", "kmeans_acc_std", "kmeans_acc_best", "kmeans_nmi", "kmeans_ari"),
+        *(
+            "kmeans_acc",
+            "kmeans_acc_std",
+            "kmeans_acc_best",
+            "kmeans_nmi",
+            "kmeans_ari",
+            "kmeans_purity",
+        ),
     },
     "views": {"view_agreement", "alignment", "uniformity"},
 }
@@ -62,6 +69,7 @@ def test_figures_are_those_of_the_single_functions(blobs: tuple[Features, Featur
     best = kmeans(both, num_clusters=3, seed=2).cluster
     assert found["kmeans_acc_best"] == score_clusters(both.label, best).acc
     assert (found["kmeans_nmi"], found["kmeans_ari"]) == (scores.nmi, scores.ari)
+    assert found["kmeans_purity"] == scores.purity
 
 
 @pytest.mark.parametrize("method", METHODS)
