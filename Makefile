@@ -13,12 +13,13 @@ CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
 PYTEST := $(BIN)/python -m pytest -x -q --dist loadgroup
 # What `make ci` runs and times.
 STAGES := lint type machine-code test
+SITE := build/site
 SANITIZED := build/sanitize
 SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint type fmt bench gpu \
+.PHONY: help install demo docs test test-slow test-gpu lint type fmt bench gpu \
 	machine-code machine-code-newest sanitize ci clean
 
 help: ## show this list
@@ -38,6 +39,10 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(CPP)
 
 demo: install ## tune a model on real digits, three minutes on two cores, and show what it gained
 	$(BIN)/maect-fast demo
+
+docs: install ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(SITE)
+	@echo "to read it: $(BIN)/python -m http.server --directory $(SITE)"
 
 # Where Triton sees a GPU it compiles, and interprets nothing: these run as if there were none.
 test: install ## the tests, without those marked slow
