@@ -11,7 +11,6 @@ from importlib import import_module
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -22,7 +21,7 @@ from maect_fast.benchmarks.figures import draw
 from maect_fast.benchmarks.results import by_case, device_name, provenance, read_folder
 from maect_fast.benchmarks.table import summary
 from maect_fast.cli import _parser
-from maect_fast.config import RECIPES, Stage, load_config, load_recipe
+from maect_fast.config import RECIPES, Stage, flat_settings, load_config, load_recipe
 from maect_fast.settings import Setting, list_settings
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +122,7 @@ def _recipes() -> str:
     parts = []
     for stage in STAGES:
         names = [name for name in PUBLISHED if (RECIPES / name / f"{stage}.yaml").exists()]
-        values = {name: _flat(load_config(load_recipe(name, stage))) for name in names}
+        values = {name: flat_settings(load_config(load_recipe(name, stage))) for name in names}
         lines = [f"| `{stage}` | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
         for key in values[names[0]]:
             cells = [str(values[name][key]) for name in names]
@@ -132,18 +131,6 @@ def _recipes() -> str:
                 lines.append(f"| `{key}` | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting below a configuration's node, by its key."""
-    found: dict[str, Any] = {}
-    for name in type(node).__dataclass_fields__:
-        value = getattr(node, name)
-        if hasattr(type(value), "__dataclass_fields__"):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def _ops() -> str:

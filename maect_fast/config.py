@@ -30,6 +30,7 @@ __all__ = [
     "OptimConfig",
     "Stage",
     "ViewConfig",
+    "flat_settings",
     "load_config",
     "load_recipe",
     "profile_window",
@@ -262,6 +263,10 @@ class Config:
     """CPU threads for torch; None leaves torch's choice."""
     log_every: Count = 20
     """Updates between two lines of metrics."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Where metrics go beside metrics.jsonl: [wandb], [tensorboard,mlflow], [] for nowhere."""
     checkpoint_every: Count = 10
     """Epochs between two checkpoints that are kept; the last epoch is always saved."""
     save_minutes: Annotated[float, Interval("[0, 1000000]")] = 10.0
@@ -344,6 +349,21 @@ def profile_window(profile: str | None) -> range:
             f"(profile=10:20; in a YAML file quoted), got {profile}"
         )
     return updates
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key, as plain values."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                visit(f"{prefix}.{key}" if prefix else key, value)
+        else:
+            flat[prefix] = node
+
+    visit("", dataclasses.asdict(config))
+    return flat
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -28,7 +28,7 @@ BLOCK = re.compile(
 )
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 # Seconds that an example may take on a CPU that others use too.
-PATIENCE = 240
+PATIENCE = 900
 # Options of other programs.
 ELSEWHERE = ("--nproc-per-node", "--shm-size", "--no-build-isolation")
 # What stands before "=" in the text without being a setting.

@@ -23,7 +23,7 @@ from maect_fast.checkpoint import (
     way_out,
     write_atomically,
 )
-from maect_fast.config import Config, ConfigError, save_config
+from maect_fast.config import Config, ConfigError, flat_settings, save_config
 from maect_fast.training.distributed import World
 from maect_fast.training.log import METRICS, read_metrics
 from maect_fast.training.stages import StageState, last_checkpoint
@@ -42,7 +42,10 @@ T = TypeVar("T")
 LOCK = ".lock"
 # What a run writes, in the order in which a new start sets it aside: without its checkpoints a
 # directory with metrics is not taken for an empty one.
-WRITTEN = ("checkpoints", METRICS, "config.yaml", "profile", "report", "events.out.tfevents.*")
+WRITTEN = (
+    *("checkpoints", METRICS, "config.yaml", "profile", "report"),
+    *("events.out.tfevents.*", "trackers.json", "wandb", "mlflow.db"),
+)
 # A process that has just taken the lock writes its name within so many seconds.
 NAME_SECONDS = 1.0
 
@@ -57,6 +60,7 @@ MAY_CHANGE = {
     "chunk_size",
     "save_minutes",
     "log_every",
+    "trackers",
     "threads",
     "device",
     "profile",
@@ -313,8 +317,8 @@ class RunRecord:
         Raises:
             ConfigError: names the setting, and what to do.
         """
-        settings = _flat(before)
-        for key, value in _flat(config).items():
+        settings = flat_settings(before)
+        for key, value in flat_settings(config).items():
             if settings[key] == value or key in MAY_CHANGE:
                 continue
             told = f"{key}: the run in {out} has {settings[key]}, now {value} was asked for"
@@ -389,18 +393,3 @@ def _is_same(path: Path, identity: dict[str, Any]) -> bool:
     if not file.exists():
         return str(path.resolve()) == str(identity["path"])
     return bool(fingerprint(file) == identity["fingerprint"])
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """Dotted keys and plain values."""
-    flat: dict[str, Any] = {}
-
-    def visit(prefix: str, node: Any) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                visit(f"{prefix}.{key}" if prefix else key, value)
-        else:
-            flat[prefix] = node
-
-    visit("", dataclasses.asdict(config))
-    return flat
