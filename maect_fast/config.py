@@ -415,6 +415,8 @@ def _hint(names: Sequence[str]) -> Any:
 
 def _is_text(hint: Any) -> bool:
     """Whether a setting of this type is a text, one of some texts, or none."""
+    if get_origin(hint) in (list, tuple):
+        return False
     return hint is str or any(isinstance(x, str) or _is_text(x) for x in get_args(hint))
 
 
