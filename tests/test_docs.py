@@ -30,7 +30,7 @@ INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 # Seconds that an example may take on a CPU that others use too.
 PATIENCE = 900
 # Options of other programs.
-ELSEWHERE = ("--nproc-per-node", "--shm-size", "--no-build-isolation")
+ELSEWHERE = ("--logdir", "--nproc-per-node", "--shm-size", "--no-build-isolation")
 # What stands before "=" in the text without being a setting.
 OTHERS = ("backend", "fullgraph", "key", "shadow", "simd")
 BENCH_COMMANDS = ("check", "trace", "plot", "table", "step", "host")
@@ -75,6 +75,7 @@ def parsers() -> dict[str, ArgumentParser]:
 def test_there_is_documentation() -> None:
     assert len(PAGES) > 10
     assert {"sh", "python"} <= {block.language for block in ALL if not block.not_run}
+    # The demo takes minutes, and stands in the text.
     assert set(parsers()) <= {words[0] for _, words in COMMANDS} | {"demo"}
 
 
