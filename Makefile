@@ -13,13 +13,15 @@ CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
 PYTEST := $(BIN)/python -m pytest -x -q --dist loadgroup
 # What `make ci` runs and times.
 STAGES := lint type machine-code test
+# PyTorch brings it.
+NOT_IN_WHEEL := --exclude libtorch_cpu.so
 SANITIZED := build/sanitize
 SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint type fmt bench gpu \
-	machine-code machine-code-newest sanitize ci clean
+.PHONY: help install demo docs test test-slow test-gpu lint type fmt bench gpu \
+	wheel machine-code machine-code-newest sanitize ci clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -38,6 +40,10 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(CPP)
 
 demo: install ## tune a model on real digits, three minutes on two cores, and show what it gained
 	$(BIN)/maect-fast demo
+
+docs: install ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "to read it: $(BIN)/python -m http.server --directory build/site"
 
 # Where Triton sees a GPU it compiles, and interprets nothing: these run as if there were none.
 test: install ## the tests, without those marked slow
@@ -69,6 +75,11 @@ bench: install ## time every op beside its peers, into benchmarks/results; OP=na
 
 gpu: install ## on a GPU: check, benchmarks, whole updates, tests, trace, in seven minutes; OUT=folder
 	PYTHON=$(CURDIR)/$(BIN)/python bash benchmarks/gpu.sh
+
+wheel: install ## a wheel for every Python and for Linux as old as its tag says, into dist
+	rm -rf build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair $(NOT_IN_WHEEL) --wheel-dir dist build/wheel/*.whl
 
 machine-code: install ## check machine code: Triton kernels for sm_80 and sm_90, the C++ library
 	$(BIN)/python -m maect_fast.benchmarks.machine_code --csv build/machine-code.csv

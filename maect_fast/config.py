@@ -30,6 +30,7 @@ __all__ = [
     "OptimConfig",
     "Stage",
     "ViewConfig",
+    "flat_settings",
     "load_config",
     "load_recipe",
     "merge_config",
@@ -285,6 +286,10 @@ class Config:
     """CPU threads for torch; None leaves torch's choice."""
     log_every: Count = 20
     """Updates between two lines of metrics."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Where metrics go beside metrics.jsonl: [wandb], [tensorboard,mlflow], [] for nowhere."""
     checkpoint_every: Count = 10
     """Epochs between two checkpoints that are kept; the last epoch is always saved."""
     knn_every: Annotated[int, Interval("[0, 1000000000]")] = 0
@@ -383,6 +388,21 @@ def profile_window(profile: str | None) -> range:
     return updates
 
 
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key, as plain values."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                visit(f"{prefix}.{key}" if prefix else key, value)
+        else:
+            flat[prefix] = node
+
+    visit("", dataclasses.asdict(config))
+    return flat
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     OmegaConf.save(OmegaConf.create(_literal(dataclasses.asdict(config))), path)
@@ -437,6 +457,8 @@ def _hint(names: Sequence[str]) -> Any:
 
 def _is_text(hint: Any) -> bool:
     """Whether a setting of this type is a text, one of some texts, or none."""
+    if get_origin(hint) in (list, tuple):
+        return False
     return hint is str or any(isinstance(x, str) or _is_text(x) for x in get_args(hint))
 
 

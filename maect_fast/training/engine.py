@@ -46,6 +46,7 @@ from maect_fast.training.stages import (
     reading,
     start_weights,
 )
+from maect_fast.training.trackers import check_trackers
 from maect_fast.training.update import TrainingError, Update
 
 __all__ = ["TrainingError", "run_stage"]
@@ -69,7 +70,7 @@ def run_stage(
 ) -> int:
     """Run `config.stage` in the run directory `out`; a directory with a run in it is continued.
 
-    Writes config.yaml, metrics.jsonl, TensorBoard events and checkpoints/. The directory is this
+    Writes config.yaml, metrics.jsonl, what trackers write, and checkpoints/. The directory is this
     run's alone meanwhile.
 
     Args:
@@ -91,13 +92,15 @@ def run_stage(
 
     Raises:
         ConfigError: settings that do not fit the data or the weights, or that differ from the run's
-            own; a directory that is in use, or that has lost its last checkpoint.
+            own; a directory that is in use, or that has lost its last checkpoint; a tracker whose
+            library is missing.
         CheckpointError: a checkpoint that is damaged or does not fit.
         TrainingError: the loss is not finite.
     """
     config = _with_whole_paths(config)
     if not is_utf8(out):
         raise ConfigError(f"--out: expected a path in UTF-8, got {printable(out)}")
+    check_trackers(config.trackers)
     world = init_world(config.device)
     if world.watch is not None:
         world.watch.patience = config.rank_timeout
@@ -215,9 +218,7 @@ def _loop(
         model = nn.parallel.DistributedDataParallel(state.model, broadcast_buffers=False)
     update = Update(state, model, world, capture=capture)
     saved = time.monotonic()
-    log = RunLog(
-        out, title=config.stage, start=state.update, total=state.total, active=world.rank == 0
-    )
+    log = RunLog(out, config, start=state.update, total=state.total, active=world.rank == 0)
     patience = PATIENCE_SECONDS if world.size > 1 else 0.0
     with closing(loader), log, profile, StopSignal(patience=patience) as stop:
         while state.update < state.total:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+"""What a run tells: metrics.jsonl, trackers, and a progress bar or plain lines."""
 
 import json
 import sys
@@ -11,6 +11,8 @@ from typing import Self, TypeVar
 from tqdm.auto import tqdm
 
 from maect_fast.checkpoint import write_atomically
+from maect_fast.config import Config
+from maect_fast.training.trackers import Trackers
 
 __all__ = ["METRICS", "RunLog", "progress", "read_metrics"]
 
@@ -68,13 +70,12 @@ class RunLog:
     once, and lines that are damaged. `active=False` (ranks above 0) writes nothing.
     """
 
-    def __init__(self, folder: Path, *, title: str, start: int, total: int, active: bool = True):
+    def __init__(
+        self, folder: Path, config: Config, *, start: int, total: int, active: bool = True
+    ):
         self.active = active
         if not active:
             return
-        # Takes seconds to import, and only this class needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = path = folder / METRICS
         lines, num_damaged = _read(path)
         if num_damaged:
@@ -82,10 +83,11 @@ class RunLog:
         kept = [line for line in lines if line["update"] <= start]
         text = "".join(f"{json.dumps(line)}\n" for line in kept)
         write_atomically(path, lambda temporary: temporary.write_text(text))
-        self.title = title
+        self.title = title = config.stage
+        self.update = start
         self.total = total
         self.file = path.open("a")
-        self.events = SummaryWriter(str(folder), purge_step=start + 1)
+        self.trackers = Trackers(config.trackers, folder, config, start=start)
         self.bar = tqdm(total=total, initial=start, desc=title, unit="update", disable=None)
         self.began = self.last_line = time.monotonic()
         self.start = start
@@ -104,7 +106,7 @@ class RunLog:
         """Close what was opened."""
         if self.active:
             self.bar.close()
-            self.events.close()
+            self.trackers.close(finished=self.update == self.total)
             self.file.close()
 
     def advance(self) -> None:
@@ -121,10 +123,11 @@ class RunLog:
             self.file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        update = int(metrics["update"])
-        for name, value in metrics.items():
-            if name not in ("update", "epoch"):
-                self.events.add_scalar(name, value, update)
+        self.update = update = int(metrics["update"])
+        self.trackers.log(
+            {name: value for name, value in metrics.items() if name not in ("update", "epoch")},
+            update,
+        )
         shown = {"loss": f"{metrics['loss']:.4f}"}
         if "nn_accuracy" in metrics:
             shown["nn_accuracy"] = f"{metrics['nn_accuracy']:.3f}"

@@ -23,7 +23,14 @@ from maect_fast.checkpoint import (
     way_out,
     write_atomically,
 )
-from maect_fast.config import Config, ConfigError, load_recipe, merge_config, save_config
+from maect_fast.config import (
+    Config,
+    ConfigError,
+    flat_settings,
+    load_recipe,
+    merge_config,
+    save_config,
+)
 from maect_fast.names import printable
 from maect_fast.training.distributed import World
 from maect_fast.training.log import METRICS, read_metrics
@@ -46,7 +53,10 @@ T = TypeVar("T")
 LOCK = ".lock"
 # What a run writes, in the order in which a new start sets it aside: without its checkpoints a
 # directory with metrics is not taken for an empty one.
-WRITTEN = ("checkpoints", METRICS, "config.yaml", "profile", "report", "events.out.tfevents.*")
+WRITTEN = (
+    *("checkpoints", METRICS, "config.yaml", "profile", "report"),
+    *("events.out.tfevents.*", "trackers.json", "wandb", "mlflow.db"),
+)
 # A process that has just taken the lock writes its name within so many seconds.
 NAME_SECONDS = 1.0
 
@@ -62,6 +72,7 @@ MAY_CHANGE = {
     "knn_every",
     "save_minutes",
     "log_every",
+    "trackers",
     "threads",
     "device",
     "profile",
@@ -290,10 +301,10 @@ class RunRecord:
         """The record of a new run."""
         given = {}
         if recipe is not None:
-            own = flatten(merge_config(load_recipe(recipe, config.stage)))
+            own = flat_settings(merge_config(load_recipe(recipe, config.stage)))
             given = {
                 key: value
-                for key, value in flatten(config).items()
+                for key, value in flat_settings(config).items()
                 if key.startswith(HANDED_ON) and value != own[key]
             }
         return cls(_identity(init), _identity(decoder), images, recipe, given, dict(inherited))
@@ -348,8 +359,8 @@ class RunRecord:
         Raises:
             ConfigError: names the setting, and what to do.
         """
-        settings = flatten(before)
-        for key, value in flatten(config).items():
+        settings = flat_settings(before)
+        for key, value in flat_settings(config).items():
             if settings[key] == value or key in MAY_CHANGE:
                 continue
             told = f"{key}: the run in {out} has {settings[key]}, now {value} was asked for"
@@ -435,18 +446,3 @@ def inherited_line(run: Path | str, settings: Mapping[str, Any]) -> str:
     """What was taken over from a run, for people."""
     told = ", ".join(f"{key}={value}" for key, value in settings.items())
     return f"inherited from {printable(run)}: {printable(told)}"
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted keys and plain values."""
-    flat: dict[str, Any] = {}
-
-    def visit(prefix: str, node: Any) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                visit(f"{prefix}.{key}" if prefix else key, value)
-        else:
-            flat[prefix] = node
-
-    visit("", dataclasses.asdict(config))
-    return flat

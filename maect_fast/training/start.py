@@ -5,14 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from maect_fast.checkpoint import peek_checkpoint
-from maect_fast.config import Config, ConfigError, Stage, load_config, load_recipe, merge_config
+from maect_fast.config import (
+    Config,
+    ConfigError,
+    Stage,
+    flat_settings,
+    load_config,
+    load_recipe,
+    merge_config,
+)
 from maect_fast.names import printable
 from maect_fast.training.engine import run_stage
 from maect_fast.training.run_directory import (
     HANDED_ON,
     RunRecord,
     check_last,
-    flatten,
     touches,
 )
 from maect_fast.training.stages import last_checkpoint, reading
@@ -141,7 +148,7 @@ def _recipe_of(stage: Stage, init: Path | None, before: dict[str, Any] | None) -
 def _handed_on(state: dict[str, Any], run: Path) -> dict[str, Any]:
     """What a run with this checkpoint hands on, by dotted key."""
     with reading("config", run):
-        settings = flatten(load_config(state["config"]))
+        settings = flat_settings(load_config(state["config"]))
     given = _record(state, run).given
     handed = {key: value for key, value in settings.items() if key.startswith("data.")}
     return handed | {key: value for key, value in given.items() if key.startswith(HANDED_ON)}
@@ -151,7 +158,7 @@ def _effective(
     handed: dict[str, Any], config: Config, recipe: Config, words: Sequence[str]
 ) -> dict[str, Any]:
     """The part that is neither the recipe's nor typed."""
-    settings, plain = flatten(config), flatten(recipe)
+    settings, plain = flat_settings(config), flat_settings(recipe)
     typed = {_key(word) for word in words}
     return {
         key: settings[key]
