@@ -83,6 +83,18 @@ def test_a_fused_model_computes_the_same(name: str) -> None:
         assert "_unfused" not in vars(one)
 
 
+def test_compiled_and_exported() -> None:
+    """Whole, and with any number of images."""
+    model = fuse(build("ViTModel")).eval()
+    images = torch.randn(5, 3, 32, 32)
+    expected = model(images).last_hidden_state
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (X,), dynamic_shapes=({0: batch},)).module()
+    assert torch.equal(program(images).last_hidden_state, expected)
+    model.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(images).last_hidden_state, expected)
+
+
 def test_a_model_inside_of_another() -> None:
     backbone = build("ViTModel")
     model = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(32, 5)})

@@ -586,6 +586,18 @@ def test_rotated_queries_and_keys(name: str) -> None:
     assert all(map(torch.equal, run(model, x), expected))
 
 
+@pytest.mark.slow
+def test_a_rotary_model_compiles_whole_and_is_exported() -> None:
+    size: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 32}
+    model = fuse(timm.create_model("vit_small_patch16_dinov3", **size)).eval()
+    x = torch.randn(5, 3, 32, 32)
+    expected = run(model, x)
+    assert torch.equal(exported(model, (2, 3, 32, 32))(x), expected[0])
+    model.compile(fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(run(model, x), expected, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_projections_apart_and_grouped_keys(kv_heads: int | None) -> None:
     options: dict[str, Any] = {

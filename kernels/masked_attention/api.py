@@ -74,10 +74,9 @@ def attention(
     but `seqlens` bounds the keys only, and `keep` and `cu_seqlens` (q, k, v [T, H, D]) need M = N.
     """
     modes = (keep, seqlens, cu_seqlens, max_seqlen, key_mask)
-    rows = _check_modes(modes)
     square = keep is not None or cu_seqlens is not None
     checks.check_tensors(q=q, k=k, v=v)
-    check_tensor("v", v, v, FLOATING, (*rows, None, None))
+    check_tensor("v", v, v, FLOATING, (*_check_modes(modes), None, None))
     check_tensor("k", k, v, (v.dtype,), v.shape)
     check_tensor("q", q, v, (v.dtype,), v.shape if square else (v.shape[0], None, *v.shape[2:]))
     _check_tensors(v, modes)
@@ -114,9 +113,8 @@ def _check_modes(modes: Modes) -> tuple[None, ...]:
 def _check_tensors(like: Tensor, modes: Modes) -> None:
     keep, seqlens, cu_seqlens, _, key_mask = modes
     # Not by len(), whose int torch.export would take for the only batch size there is.
-    B = like.shape[0]
-    check_tensor("keep", keep, like, INDEX, (B, None))
-    check_tensor("seqlens", seqlens, like, INDEX, (B,))
+    check_tensor("keep", keep, like, INDEX, (like.shape[0], None))
+    check_tensor("seqlens", seqlens, like, INDEX, like.shape[:1])
     check_tensor("cu_seqlens", cu_seqlens, like, INDEX[:1], (None,))
     expect(cu_seqlens is None or cu_seqlens.shape[0] > 0, "cu_seqlens", "at least one bound", 0)
     check_tensor("key_mask", key_mask, like, (torch.bool,), like.shape[:2])
