@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 from maect_fast import __version__
 from maect_fast.config import ConfigError, Stage, load_config, load_recipe

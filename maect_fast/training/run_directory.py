@@ -41,7 +41,6 @@ __all__ = [
     "check_last",
     "check_space",
     "check_writable",
-    "flatten",
     "inherited_line",
     "on_first_rank",
     "run_directory",
