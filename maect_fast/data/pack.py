@@ -134,8 +134,7 @@ def open_pack(
     """
     tables = ("end", "size", "original_size", "label", "name", "name_end", "classes")
     try:
-        # Copies, as workers are sent the whole memory that a tensor is a part of.
-        found = {name: table.clone() for name, table in _tensors(path, *tables).items()}
+        found = _tensors(path, *tables)
         end, size, original = found["end"], found["size"], found["original_size"]
         labels: list[int] = found["label"].tolist()
         class_names = json.loads(found["classes"].numpy().tobytes())
