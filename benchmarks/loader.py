@@ -21,20 +21,21 @@ from tabulate import tabulate
 from torch import Tensor
 
 from maect_fast.benchmarks.results import cpu_name
+from maect_fast.benchmarks.table import number
 from maect_fast.config import Config, ConfigError, load_config, load_recipe
 from maect_fast.data import Loader, PackSource, Source, build_source
 from maect_fast.data.decode import EncodedSource, decode_image
 from maect_fast.data.loader import TrainingBatches, permutation
 from maect_fast.data.sources import Reduction
-from maect_fast.data.workers import num_cores
+from maect_fast.data.workers import PREFETCH, num_cores
 from maect_fast.errors import Parser
 from maect_fast.names import printable
 from maect_fast.training.distributed import resolve_device
 
 __all__ = ["Measured", "bottleneck", "main", "measure"]
 
-# Of a batch; how long an image takes hardly depends on it.
-BATCH = 32
+# Of a batch; how long an image takes hardly depends on it, and large images take seconds.
+BATCH = 8
 ROUNDS = 2
 HAND_OVER = "hand-over"
 
@@ -160,8 +161,11 @@ def measure(config: Config, sources: Mapping[str, Source], *, seconds: float) ->
             # Workers start.
             for _ in range(each.workers + 1):
                 next(own)
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             for each, own in zip(found, batches, strict=True):
+                # Workers that were idle meanwhile have batches ready.
+                for _ in range(PREFETCH * each.workers if number or each is not found[0] else 0):
+                    next(own)
                 _time_whole(each, own, seconds / ROUNDS)
     finally:
         for each in found:
@@ -193,9 +197,6 @@ def _epochs(loader: Loader) -> Iterator[Any]:
 
 
 def _time_whole(measured: Measured, batches: Iterator[Any], seconds: float) -> None:
-    # Workers that were idle meanwhile have batches ready.
-    for _ in range(2 * measured.workers):
-        next(batches)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         measured.num_images += len(next(batches).sample_id)
@@ -210,11 +211,14 @@ def _time_stages(measured: Measured, seconds: float) -> None:
     order = permutation(len(loader.source), seed=loader.seed, epoch=0).tolist()
     ids_ahead = itertools.cycle(order[stages.num_images % len(order) :] + order)
     began = time.perf_counter()
+    threads = torch.get_num_threads()
     while not stages.num_images or time.perf_counter() - began < seconds:
         ids = list(itertools.islice(ids_ahead, loader.batch_size))
+        torch.set_num_threads(1)  # as in a worker
         start, known = time.perf_counter(), stages.read + stages.decode + stages.augment
         item = work[0, ids]
         made = time.perf_counter()
+        torch.set_num_threads(threads)
         known = stages.read + stages.decode + stages.augment - known
         stages.collate += made - start - known
         for _ in loader.handed_over([(item.pixels, item.sample_id, item.label)]):
@@ -234,9 +238,9 @@ def bottleneck(measured: Measured) -> str:
     workers = measured.workers
     if workers and hand_over > of_worker / workers:
         return (
-            f"hand-over: the main process takes {hand_over * 1e3:.2g} ms for an image, "
-            f"{workers} workers together {of_worker / workers * 1e3:.2g} ms; more of them do not "
-            "help (on a GPU, bytes are normalised there)"
+            f"hand-over: the main process takes {number(hand_over * 1e3)} ms for an image, "
+            f"{workers} workers together {number(of_worker / workers * 1e3)} ms; more of them do "
+            "not help (on a GPU, bytes are normalised there)"
         )
     stage = max(times, key=lambda name: times[name])
     share = times[stage] / of_worker
@@ -244,8 +248,8 @@ def bottleneck(measured: Measured) -> str:
     is_packed = isinstance(measured.loader.source, PackSource)
     left = of_worker - times["read"] - times["decode"]
     packed = (
-        f"`maect-fast pack SOURCE --out FILE.pack` would leave {left * 1e3:.2g} of "
-        f"{of_worker * 1e3:.2g} ms"
+        "`maect-fast pack SOURCE --out FILE.pack` would leave at most "
+        f"{number(left * 1e3)} of {number(of_worker * 1e3)} ms"
     )
     if stage in ("read", "decode") and not is_packed:
         return f"{told}; {packed}"
@@ -267,6 +271,8 @@ def main(words: Sequence[str]) -> int:
     config = load_config(load_recipe(options.recipe, options.stage), overrides=overrides)
     if options.seconds <= 0:
         raise ConfigError(f"--seconds: expected more than 0, got {options.seconds}")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     roots = [*([config.data.root] if config.data.root else []), *options.source]
     sources: dict[str, Source] = {}
     if config.data.source == "folder" and roots:

@@ -508,6 +508,12 @@ KINDS: dict[str, Kind] = {
     "text PGM that states 1,000 x 1,000": Kind(
         IMAGES, picture("x.pgm", lambda: b"P2\n1000 1000\n255\n1 2 3"), DAMAGED
     ),
+    "JPEG 2000 of 25 megapixels": Kind(
+        IMAGES,
+        picture("x.jp2", lambda: image(5000, 5000, "JPEG2000")),
+        r"JPEG 2000 \(2 times",
+        slow=True,
+    ),
     "grey values without a range": Kind(IMAGES, deep_grey, r"skipped 1 \(too deep\)"),
     "name with line ends and colours": Kind(
         IMAGES, picture("\x1b[31m\n.png", lambda: b""), r"skipped 1 \(no image\): .*\\x1b\[31m\\n"
@@ -519,6 +525,8 @@ KINDS: dict[str, Kind] = {
             ("PNG", "x.png", lambda: png(SIDE, SIDE, SIDE)),
             ("progressive JPEG", "x.jpg", lambda: image(SIDE, SIDE, "JPEG", progressive=True)),
             ("WebP", "x.webp", lambda: image(SIDE, SIDE, "WEBP", lossless=True, method=0)),
+            ("AVIF", "x.avif", lambda: image(SIDE, SIDE, "AVIF", speed=10)),
+            ("JPEG 2000, 1/4", "x.jp2", lambda: image(SIDE // 2, SIDE // 2, "JPEG2000")),
             ("GIF", "x.gif", lambda: image(SIDE, SIDE, "GIF")),
             ("TIFF", "x.tif", lambda: image(SIDE, SIDE, "TIFF", compression="tiff_lzw")),
             ("PGM of 10 bits", "x.pgm", lambda: netpbm(b"P5", SIDE, SIDE, 2)),

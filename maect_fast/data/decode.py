@@ -26,6 +26,8 @@ EXTENSIONS = frozenset(
 MAX_SCANS = 100
 # Pillow reads Netpbm's numbers in letters one by one, in about the time of so many pixels.
 TEXT = 16
+# OpenJPEG holds four bytes for each number: 540 MB at 29 megapixels.
+WIDE = 2
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH = 258, 262, 322, 323
 WHITE_IS_ZERO = 0
@@ -100,6 +102,8 @@ def _limit(
             held = image.width * image.height
     if isinstance(image, PpmImageFile) and image.tile[0][0] == "ppm_plain":
         held, what = held * TEXT, f"{what} in letters ({TEXT} times the work)"
+    if image.format == "JPEG2000":
+        held, what = held * WIDE, f"{what} in JPEG 2000 ({WIDE} times the memory)"
     if isinstance(image, TiffImageFile):
         tile = [image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_LENGTH)]
         if math.prod(tile) > held:

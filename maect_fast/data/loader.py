@@ -58,7 +58,7 @@ class _Item:
 
     pixels: Tensor
     """[V, n, C, S, S] fp32, or uint8 that is still to be normalised; for evaluation [n, C, S, S]
-    fp32. Void if too many are broken."""
+    uint8. Void if too many are broken."""
     sample_id: Tensor
     """[n] int64, the images really shown."""
     label: Tensor
@@ -137,7 +137,7 @@ class _EvaluationBatches:
 
     def __getitem__(self, key: tuple[int, list[int]]) -> _Item:
         S, C = self.img_size, self.source.in_chans
-        images = empty(len(key[1]), C, S, S, dtype=torch.float32)
+        images = empty(len(key[1]), C, S, S, dtype=torch.uint8)
         ids: list[int] = []
         labels: list[int] = []
         broken: dict[int, Broken] = {}
@@ -146,8 +146,7 @@ class _EvaluationBatches:
             read = read_image(self.source, index, reduction, broken)
             if read is not None:
                 image, label = read
-                pixels = _to_float(eval_pixels(image, S))
-                images[len(ids)] = to_normalized(pixels, self.augment)
+                images[len(ids)] = torch.from_numpy(eval_pixels(image, S)).movedim(-1, -3)
                 ids.append(index)
                 labels.append(label)
         return _Item(images[: len(ids)], _int64(ids), _int64(labels), broken)
@@ -321,9 +320,11 @@ class EvalBatches:
         workers: int,
         max_broken: int,
         indices: Sequence[int] | None,
+        device: torch.device | str,
     ) -> None:
         self.source = source
         self.augment = augment
+        self._feed = Feed(device)
         self._broken = BrokenImages(source, max_broken)
         wanted = torch.arange(len(source)) if indices is None else torch.tensor(indices)
         self._parts = torch.split(wanted, batch_size)
@@ -333,7 +334,7 @@ class EvalBatches:
             _EvaluationBatches(source, augment, img_size),
             schedule,
             workers=0 if isinstance(source, TensorSource) else workers,
-            batch_bytes=4 * batch_size * source.in_chans * img_size**2,
+            batch_bytes=batch_size * source.in_chans * img_size**2,
             persistent=False,
         )
 
@@ -349,6 +350,10 @@ class EvalBatches:
         if isinstance(self.source, TensorSource):
             yield from self._in_memory(self.source)
             return
+        for images, label in self._feed(self._from_workers()):
+            yield bytes_to_normalized(images, self.augment), label
+
+    def _from_workers(self) -> Iterator[tuple[Tensor, ...]]:
         try:
             for item in handed_over(self._decoded):
                 self._broken.add(item.broken)
@@ -372,11 +377,13 @@ def eval_batches(
     workers: int = 0,
     max_broken: int = 10,
     indices: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> EvalBatches:
     """All images in the order of the source, as they are; the last batch may be smaller.
 
     Files are resized to a short side of img_size * 256 / 224 (bicubic) and the middle is cut out;
-    images in memory are taken as they are. Both are normalised with the mean and std of `augment`.
+    images in memory are taken as they are. Both are normalised with the mean and std of `augment`;
+    files on the `device`, to which they travel as bytes.
     An image that cannot be read is left out, and the log has a line for each kind of them at the
     end; `EvalBatches.skipped` has their indices and reasons. With `indices` these images alone, in
     this order.
@@ -392,6 +399,7 @@ def eval_batches(
         workers=workers,
         max_broken=max_broken,
         indices=indices,
+        device=device,
     )
 
 

@@ -207,6 +207,7 @@ def source_features(
         indices: of the images that are taken, in this order.
         show: the progress bar.
     """
+    device = "cpu" if encoder is None else next(encoder.parameters()).device
     batches = eval_batches(
         source,
         config.augment,
@@ -215,6 +216,7 @@ def source_features(
         workers=config.data.workers,
         max_broken=config.data.max_broken,
         indices=indices,
+        device=device,
     )
     passed = show(batches, title, total=len(batches))
     if encoder is None:
@@ -224,7 +226,7 @@ def source_features(
             encoder,
             passed,
             pooling=config.head.pooling,
-            device=next(encoder.parameters()).device,
+            device=device,
             precision=config.precision,
         )
     return Extracted(features, source, batches.skipped)
@@ -271,6 +273,7 @@ def source_views(
         seed=seed,
         workers=config.data.workers,
         max_broken=config.data.max_broken,
+        device=next(encoder.parameters()).device,
     )
     with closing(loader):
         both = (

@@ -51,7 +51,7 @@ def test_stages_and_whole_of_a_folder_beside_its_pack(
     assert ratio is not None
     assert float(ratio[1]) > 2
     assert "6 images\n  decode: " in told
-    assert "`maect-fast pack SOURCE --out FILE.pack` would leave" in told
+    assert "`maect-fast pack SOURCE --out FILE.pack` would leave at most" in told
 
 
 def test_images_in_memory_have_no_stages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,10 +65,22 @@ def test_images_in_memory_have_no_stages(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("times", "workers", "message"),
     [
-        ((6, 2, 1, 0, 1), 2, "read: 67% of .* pack SOURCE --out FILE.pack` would leave 1 of 9 ms"),
-        ((1, 7, 2, 0, 1), 2, "decode: 70% of .* pack SOURCE --out FILE.pack` would leave 2 of 10"),
+        (
+            (6, 2, 1, 0, 1),
+            2,
+            "read: 67% of .* pack SOURCE --out FILE.pack` would leave at most 1.00 of 9.00 ms",
+        ),
+        (
+            (1, 7, 2, 0, 1),
+            2,
+            "decode: 70% of .* pack SOURCE --out FILE.pack` would leave at most 2.00 of 10.0 ms",
+        ),
         ((0, 1, 3, 0, 1), 2, r"augment: 75% of .*; data\.workers=8 would use all 8 cores"),
-        ((0, 1, 3, 0, 1), 8, "hand-over: the main process takes 1 ms .* 8 workers together 0.5 ms"),
+        (
+            (0, 1, 3, 0, 1),
+            8,
+            "hand-over: the main process takes 1.00 ms .* 8 workers together 0.500 ms",
+        ),
         ((0, 1, 3, 0, 0), 8, r"augment: 75% of .*; all 8 cores are used: .* augment\.\*"),
         ((1, 0, 0, 3, 1), 0, "collate: 75% of"),
     ],
