@@ -270,22 +270,30 @@ def test_a_notebook_is_interrupted_and_goes_on(
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     kernel, client = manager.start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
     try:
-        client.execute(CELL)
+
+        def reply(request: str) -> dict[str, Any]:
+            while True:
+                message = client.get_shell_msg(timeout=300)
+                if message["parent_header"]["msg_id"] == request:
+                    return dict(message["content"])
+
+        cell = client.execute(CELL)
         metrics = tmp_path / "mae" / "metrics.jsonl"
         deadline = time.monotonic() + 300
         while not (metrics.exists() and metrics.stat().st_size):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         kernel.interrupt_kernel()
-        stopped = client.get_shell_msg(timeout=120)["content"]
-        assert stopped["ename"] == "KeyboardInterrupt"
+        stopped = reply(cell)
+        assert stopped["ename"] == "KeyboardInterrupt", stopped
         done = load_checkpoint(last_checkpoint(tmp_path / "mae"))["update"]
         assert done >= 1
         shorter = (
             f"run = maect_fast.pretrain(Cells(pixels), out='mae', change={{'epochs': {done}}})"
         )
-        client.execute(f"{shorter}\nassert run.load().encode(pixels).shape == (64, 16)")
-        finished = client.get_shell_msg(timeout=300)["content"]
+        finished = reply(
+            client.execute(f"{shorter}\nassert run.load().encode(pixels).shape == (64, 16)")
+        )
         assert finished["status"] == "ok", finished
     finally:
         client.stop_channels()
@@ -305,5 +313,5 @@ def test_the_notebook_of_the_documentation(tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for output in outputs)
     text = "".join(output.get("text", "") for output in outputs)
     purity = float(text.rpartition("purity: ")[2].split()[0])
-    # By chance it is 0.2.
-    assert purity > 0.5
+    # Of five digits; it is 0.59 where the notebook was made.
+    assert purity > 0.4
