@@ -181,6 +181,8 @@ def test_timm_computes_our_features(facebook: Path, tmp_path: Path, img_size: in
     assert card.startswith("---\nlibrary_name: timm\n")
     assert f"images of {img_size} x" in card
     assert "the class token, after the final norm" in card
+    assert "Weights: width 192, 2 blocks of 3 heads" in card
+    assert str(tmp_path) not in card
     assert "tag" not in json.loads((tmp_path / "t" / "config.json").read_text())["pretrained_cfg"]
 
 

@@ -70,6 +70,8 @@ class _Source(NamedTuple):
     decoder_heads: int | None
     origin: str
     weights: str
+    card: str
+    """What the model card says of the weights, without a path."""
 
 
 def import_file(
@@ -209,7 +211,8 @@ def _source(word: str, weights: Weights, overrides: Sequence[str]) -> _Source:
     decoder = {name: value.float() for name, value in decoder.items()}
     if decoder:
         heads = heads or DECODER_HEADS.get(decoder["mask_token"].shape[-1])
-    return _Source(config, encoder, decoder, heads, opened.origin, opened.weights)
+    card = opened.weights.split("; ")[-1 if opened.kind == "file" else 0]
+    return _Source(config, encoder, decoder, heads, opened.origin, opened.weights, card)
 
 
 def _write_timm(source: _Source, place: Path) -> list[str]:
@@ -267,7 +270,7 @@ def _card(source: _Source, images: dict[str, Any]) -> str:
         images=images,
         # Not where it lay, which is nobody's business.
         origin=printable(Path(source.origin.split(": stage")[0]).name),
-        weights=source.weights.split(";")[-1].strip() if ";" in source.weights else source.weights,
+        weights=source.card,
         version=__version__,
     )
 

@@ -238,7 +238,7 @@ OBSTACLES = tuple(
         (r"^embed_norm\.", "norms behind the blocks' sums (post-norm)"),
         (r"\.(q_norm|k_norm)\.", "normalised queries and keys"),
         (r"^fc_norm\.", "its norm behind the pooling (fc_norm)"),
-        (r"rel(ative)?_pos", "relative positions"),
+        (r"rel_pos|relative_pos", "relative positions"),
         (r"\.bias_mask$", "masked biases"),
     )
 )

@@ -46,7 +46,10 @@ def load_encoder(
             "--encoder takes another)"
         )
     if found.stated.eps not in (None, NORM_EPS):
-        lines.append(f"its norms are computed with eps {NORM_EPS:g}, not {found.stated.eps:g}")
+        lines.append(
+            f"norms have eps {NORM_EPS:g} here, {found.stated.eps:g} there: features differ where "
+            "tokens are near zero"
+        )
     state = dict(found.weights)
     if "pos_embed" in state:
         state |= _adapt_positions(state, encoder.grid_size, lines)
