@@ -9,6 +9,7 @@ import base64
 import io
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from maect_fast.checkpoint import write_atomically
 from maect_fast.config import AugmentConfig, Config
-from maect_fast.data import Source, eval_batches
+from maect_fast.data import FolderSource, Source, eval_batches
 from maect_fast.evaluation.report import template
 from maect_fast.evaluation.runs import Extracted
 from maect_fast.kernels import queue_topk
@@ -166,6 +167,9 @@ def _class_counts(label: Tensor) -> list[list[int]]:
 
 def _thumbnails(source: Source, ids: Sequence[int], config: Config) -> dict[int, str]:
     """By the image's id, a JPEG in base64; those that cannot be read are left out."""
+    if isinstance(source, FolderSource):
+        # In colour, whatever the encoder sees.
+        source = replace(source, channels=3)
     channels = source.in_chans
     plain = AugmentConfig(mean=[0.0] * channels, std=[1.0] * channels)
     batches = eval_batches(
