@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from maect_fast.config import Config
 from maect_fast.training.log import RunLog, read_metrics
 from maect_fast.training.waiting import DataWait
 
@@ -54,7 +55,7 @@ def test_on_a_gpu_no_more_is_counted_than_the_device_lay_idle(
 def test_a_log_says_when_updates_wait_and_warns_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunLog(tmp_path, title="tune", start=0, total=4) as log:
+    with RunLog(tmp_path, Config(trackers=[]), start=0, total=4) as log:
         for update, wait in ((1, 0.01), (2, 0.19), (3, 0.4), (4, 0.6)):
             log.last_line = -1e9
             line = {"update": update, "epoch": 1, "loss": 1.0, "images_per_second": 9.0}
