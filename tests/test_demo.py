@@ -15,6 +15,7 @@ from maect_fast.training.log import read_metrics
 ROWS = ["raw pixels", "random encoder", "MAE", "MAE, head prepared", "MAE-CT", "MAE-CT without MAE"]
 
 
+@pytest.mark.slow
 def test_demo_prints_one_table_and_writes_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_folder_in_the_digits_place(
     assert {row["cluster"] for row in table} == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_the_stages_learn(tmp_path: Path) -> None:
     """A few of the demo's epochs: losses fall, neighbours get better."""
     lines = {}
