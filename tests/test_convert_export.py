@@ -225,7 +225,7 @@ def test_an_imported_file_says_where_it_is_from(facebook: Path, tmp_path: Path) 
     with safe_open(path, "pt") as file:
         said = file.metadata()
     sizes = {"in_chans": 3, "patch_size": 16, "embed_dim": 192, "depth": 2}
-    sizes |= {"img_size": 224, "num_heads": 3}
+    sizes |= {"img_size": 224, "num_heads": 3, "norm_eps": 1e-6}
     assert json.loads(said["architecture"]) == sizes
     assert said["source"] == "facebook MAE, encoder model"
     assert said["source_digest"] == fingerprint(facebook)

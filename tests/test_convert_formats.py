@@ -210,7 +210,7 @@ def test_open_clip(tmp_path: Path) -> None:
     assert found["format"] == "open_clip"
     assert found["encoder"] == "visual"
     assert (sizes["width"], sizes["depth"], sizes["img_size"]) == (WIDTH, DEPTH, 32)
-    with pytest.raises(CheckpointError, match=r"a norm before the blocks.*timm:vit_base_patch16_c"):
+    with pytest.raises(CheckpointError, match=r"projection behind.*a norm before the blocks.*timm:vit_base_patch16_c"):
         check_encoder(str(tmp_path / "clip.pt"), [])
 
 
@@ -534,7 +534,7 @@ def test_inspect_says_what_is_taken_and_why_not(
         f"{tmp_path}/dino.pth: DINO v1, encoder teacher.backbone (the default of several; "
         "--encoder takes student.backbone)",
         "  ViT-Ti/16: width 192, 12 blocks, 3 heads (by its width), patches of 16, images of 32, "
-        "a class token, 5.5 M parameters (float32)",
+        "a class token, norms with eps 1e-06 (the default there), 5.5 M parameters (float32)",
         "  taken: cls_token, pos_embed, patch_embed.* (2), blocks.* (143), norm.* (2)",
         "  left out: head.*, student/* (head); student/* (149) (another encoder); optimizer/* "
         "(optimiser); dino_loss/* (loss)",
