@@ -72,6 +72,9 @@ class Interval:
         return above and (x <= high if self.text[-1] == "]" else x < high)
 
 
+# Of a LayerNorm, also where a file says it.
+NORM_EPS = Interval("(0, 0.01)")
+
 Count = Annotated[int, Interval("[1, 1000000000]")]
 Depth = Annotated[int, Interval("[1, 1024]")]
 Side = Annotated[int, Interval("[1, 16384]")]
@@ -80,6 +83,7 @@ Area = Annotated[float, Interval("(0, 1]")]
 Aspect = Annotated[float, Interval("[0.01, 100]")]
 BelowOne = Annotated[float, Interval("[0, 1)")]
 Mean = Annotated[float, Interval("[-1000, 1000]")]
+NormEps = Annotated[float, NORM_EPS]
 Rate = Annotated[float, Interval("[0, 1000]")]
 Share = Annotated[float, Interval("[0, 1]")]
 Std = Annotated[float, Interval("[0.000001, 1000]")]
@@ -103,6 +107,9 @@ class EncoderConfig:
     """Number of blocks."""
     num_heads: Width | None = None
     """Attention heads."""
+    norm_eps: NormEps = 1e-6
+    """Added to the variance in every LayerNorm, the decoder's too: MAE's and timm's ViTs have 1e-6,
+    Hugging Face's 1e-12."""
     stream: Literal["fp32", "bf16"] = "fp32"
     """What the residual stream is kept in under bf16 autocast, the decoder's too. `bf16` moves half
     of the bytes and is about twice as far from exact; it has not been trained with."""

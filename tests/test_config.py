@@ -42,6 +42,7 @@ def flat(node: Any, key: str = "") -> dict[str, Any]:
         ("epochs=many", "epochs: Value 'many' of type 'str' could not be converted to Integer"),
         ("data.source=web", "data.source: Invalid value 'web', expected one of ['folder'"),
         ("head.queue_size=3", "head.queue_size: expected at least head.topk = 20, got 3"),
+        ("encoder.norm_eps=0", "encoder.norm_eps: expected a number in (0, 0.01), got 0.0"),
         ("head.topk=0", "head.topk: expected a number in [1, 1000000000], got 0"),
         ("batch_size=1", "batch_size: expected a number in [2, 16777216], got 1"),
         ("mask_ratio=1", "mask_ratio: expected a number in [0, 1), got 1.0"),

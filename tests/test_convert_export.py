@@ -126,7 +126,7 @@ def test_huggingface_to_ours_to_huggingface(kind: str, tmp_path: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     is_mae = kind == "ViTMAEForPreTraining"
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 128, "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6}
+    sizes |= {"intermediate_size": 128, "image_size": 32, "patch_size": 8}
     config = (
         transformers.ViTMAEConfig(**sizes, decoder_hidden_size=16, decoder_num_hidden_layers=1,
                                   decoder_num_attention_heads=2, decoder_intermediate_size=64)
@@ -144,6 +144,7 @@ def test_huggingface_to_ours_to_huggingface(kind: str, tmp_path: Path) -> None:
     noise = {"noise": torch.rand(3, 16)} if is_mae else {}
     with torch.no_grad():
         there, here = (m(pixel_values=images(32), **noise) for m in (model, back))
+    assert back.config.layer_norm_eps == model.config.layer_norm_eps == 1e-12
     # Of MAE its reconstruction, of the other all tokens.
     assert torch.equal(there[1], here[1]) if is_mae else torch.equal(there[0], here[0])
     start, end = ({k: v.clone() for k, v in m.state_dict().items()} for m in (model, back))
@@ -156,6 +157,50 @@ def test_huggingface_to_ours_to_huggingface(kind: str, tmp_path: Path) -> None:
         for state in (start, end):
             del state["pooler.dense.weight"], state["pooler.dense.bias"]
     assert_equal(start, end)
+
+
+@pytest.fixture(scope="module")
+def narrow(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder of `run` as one of another eps, with a class token near zero."""
+    state = torch.load(last_checkpoint(run))
+    state["config"]["encoder"]["norm_eps"] = 1e-12
+    state["model"]["encoder.cls_token"] *= 1e-2
+    path = tmp_path_factory.mktemp("narrow")
+    save_checkpoint(last_checkpoint(path), state)
+    return path
+
+
+def test_eps_goes_where_it_can_be_said(
+    narrow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(narrow, "timm", tmp_path / "t") == 2
+    assert "--to timm: its folders cannot say eps 1e-12 of the norms" in capsys.readouterr().err
+    for target in ("facebook", "mae-ct"):
+        assert export(narrow, target, tmp_path / target) == 0
+        assert "norms have eps 1e-12, which the file cannot say" in capsys.readouterr().out
+        assert find_encoder(tmp_path / target).norm_eps == 1e-6
+    pixels = images(8, in_chans=1)
+    assert export(narrow, "huggingface", tmp_path / "h") == 0
+    words = ("augment.mean=[0.5]", "augment.std=[0.5]", "head.pooling=class_token")
+    assert convert("import", tmp_path / "h", "--out", tmp_path / "x.safetensors", *words) == 0
+    assert convert("import", narrow, "--out", tmp_path / "y.safetensors") == 0
+    expected = features(narrow, *words, pixels=pixels)
+    for name in ("h", "x.safetensors", "y.safetensors"):
+        assert torch.equal(features(tmp_path / name, *words, pixels=pixels), expected)
+    other = features(tmp_path / "facebook", "encoder.num_heads=4", *words, pixels=pixels)
+    assert float((other - expected).abs().max()) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["torch-export", "onnx"])
+def test_programs_have_our_eps(
+    narrow: Path, tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are compared with ours by their class token, in which another eps would show."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert export(narrow, target, tmp_path / "program", "head.pooling=class_token") == 0
+    assert "features within " in capsys.readouterr().out
 
 
 def test_a_second_trip_through_huggingface_changes_nothing(facebook: Path, tmp_path: Path) -> None:
@@ -225,7 +270,7 @@ def test_an_imported_file_says_where_it_is_from(facebook: Path, tmp_path: Path) 
     with safe_open(path, "pt") as file:
         said = file.metadata()
     sizes = {"in_chans": 3, "patch_size": 16, "embed_dim": 192, "depth": 2}
-    sizes |= {"img_size": 224, "num_heads": 3}
+    sizes |= {"img_size": 224, "num_heads": 3, "norm_eps": 1e-6}
     assert json.loads(said["architecture"]) == sizes
     assert said["source"] == "facebook MAE, encoder model"
     assert said["source_digest"] == fingerprint(facebook)

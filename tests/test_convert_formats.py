@@ -6,7 +6,9 @@ which those programs' models are copies, or of the transcription.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
@@ -26,6 +28,7 @@ from maect_fast.convert import ConvertError, find_encoder
 from maect_fast.convert.formats import FORMATS, LAYOUTS
 from maect_fast.convert.inspect import describe
 from maect_fast.evaluation.encoders import check_encoder, open_encoder
+from maect_fast.models.encoder import Encoder
 
 State = dict[str, Tensor]
 WIDTH, HEADS, DEPTH, PATCH = 32, 2, 2, 16
@@ -145,7 +148,7 @@ def test_huggingface_vit(huggingface: Any, img_size: int) -> None:
     model, path = huggingface["vit"]
     with torch.no_grad():
         expected = model(images(img_size), interpolate_pos_encoding=True).last_hidden_state
-    # Heads come from config.json, and so does eps 1e-12.
+    # Heads come from config.json.
     assert difference(path, img_size, expected) <= 1e-5
 
 
@@ -162,6 +165,82 @@ def test_huggingface_mae(huggingface: Any, img_size: int) -> None:
         ).last_hidden_state
     model.config.mask_ratio = ratio
     assert difference(path, img_size, expected) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
+    """As transformers initialises them: with class tokens near zero, where eps counts."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    made = {}
+    for name, kind in (("vit", "ViT"), ("mae", "ViTMAE")):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**HUGGINGFACE)
+        model = getattr(transformers, f"{kind}Model")(config).eval()
+        folder = tmp_path_factory.mktemp("untrained")
+        model.save_pretrained(folder)
+        made[name] = (model, folder / "model.safetensors")
+    return made
+
+
+@pytest.mark.parametrize("img_size", [224, 96])
+@pytest.mark.parametrize("name", ["vit", "mae"])
+def test_norms_have_the_eps_of_the_file(untrained: Any, name: str, img_size: int) -> None:
+    model, path = untrained[name]
+    options: dict[str, Any] = {"interpolate_pos_encoding": True}
+    if name == "mae":
+        model.config.mask_ratio = 0.0
+        length = (img_size // PATCH) ** 2
+        options["noise"] = torch.arange(length, dtype=torch.float32).expand(2, -1)
+    with torch.no_grad():
+        expected = model(images(img_size), **options).last_hidden_state
+    assert difference(path, img_size, expected) <= 1e-5
+    # And that can be seen here: 1e-6 gives other features.
+    opened = open_encoder(str(path), ["device=cpu", f"encoder.img_size={img_size}"])
+    assert opened.config.encoder.norm_eps == 1e-12
+    other = Encoder(dataclasses.replace(opened.config.encoder, norm_eps=1e-6))
+    other.load_state_dict(opened.encoder.state_dict())
+    with torch.no_grad():
+        assert float((other(images(img_size)) - expected).abs().max()) > 5e-4
+
+
+def test_without_a_config_the_librarys_default_is_taken_and_said(
+    untrained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = untrained["vit"][1]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(beside.read_bytes())
+    for file, source in ((path, " (the default there)"), (beside, "")):
+        assert main(["convert", "inspect", str(file)]) == 0
+        assert f"a class token, norms with eps 1e-12{source}, " in capsys.readouterr().out
+    heads = f"encoder.num_heads={HEADS}"
+    for words, eps in (([], 1e-12), (["encoder.norm_eps=1e-6"], 1e-6)):
+        opened = open_encoder(str(path), ["device=cpu", heads, *words])
+        assert opened.config.encoder.norm_eps == eps
+        assert f"norms have eps {eps:g} here; nothing says theirs, of which 1e-12" in opened.weights
+        out = tmp_path / f"{eps}.safetensors"
+        assert main(["convert", "import", str(path), "--out", str(out), heads, *words]) == 0
+        assert find_encoder(out).stated.eps == eps
+        assert f"norms have eps {eps:g} here" in capsys.readouterr().out
+
+
+def test_eps_that_contradicts_the_file_or_cannot_be(untrained: Any, tmp_path: Path) -> None:
+    path = untrained["vit"][1]
+    with pytest.raises(
+        CheckpointError, match=r"eps 1e-12, this encoder's 1e-06; set encoder\.norm"
+    ):
+        check_encoder(str(path), ["encoder.norm_eps=1e-6"])
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(path.read_bytes())
+    config = json.loads(path.with_name("config.json").read_text())
+    for eps in (0, 0.5, -1e-6, math.nan):
+        settings = json.dumps(config | {"layer_norm_eps": eps})
+        (tmp_path / "config.json").write_text(settings)
+        with pytest.raises(
+            CheckpointError, match=rf"norms with eps {eps:g} \(ours is in \(0, 0.01"
+        ):
+            check_encoder(str(copy), [])
 
 
 def test_a_state_dict_of_transformers_5(huggingface: Any, tmp_path: Path) -> None:
@@ -210,7 +289,10 @@ def test_open_clip(tmp_path: Path) -> None:
     assert found["format"] == "open_clip"
     assert found["encoder"] == "visual"
     assert (sizes["width"], sizes["depth"], sizes["img_size"]) == (WIDTH, DEPTH, 32)
-    with pytest.raises(CheckpointError, match=r"a norm before the blocks.*timm:vit_base_patch16_c"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"projection behind.*a norm before the blocks.*timm:vit_base_patch16_c",
+    ):
         check_encoder(str(tmp_path / "clip.pt"), [])
 
 
@@ -534,7 +616,7 @@ def test_inspect_says_what_is_taken_and_why_not(
         f"{tmp_path}/dino.pth: DINO v1, encoder teacher.backbone (the default of several; "
         "--encoder takes student.backbone)",
         "  ViT-Ti/16: width 192, 12 blocks, 3 heads (by its width), patches of 16, images of 32, "
-        "a class token, 5.5 M parameters (float32)",
+        "a class token, norms with eps 1e-06 (the default there), 5.5 M parameters (float32)",
         "  taken: cls_token, pos_embed, patch_embed.* (2), blocks.* (143), norm.* (2)",
         "  left out: head.*, student/* (head); student/* (149) (another encoder); optimizer/* "
         "(optimiser); dino_loss/* (loss)",

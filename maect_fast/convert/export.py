@@ -26,7 +26,6 @@ from maect_fast import __version__
 from maect_fast.checkpoint import fingerprint
 from maect_fast.config import Config
 from maect_fast.convert.find import (
-    NORM_EPS,
     OWN_FORMAT,
     ConvertError,
     find_encoder,
@@ -37,7 +36,7 @@ from maect_fast.convert.load import export_timm, load_encoder
 from maect_fast.evaluation.encoders import TIMM as TIMM_WORD
 from maect_fast.evaluation.encoders import check_file, is_run, open_encoder
 from maect_fast.evaluation.runs import Weights
-from maect_fast.models.encoder import Encoder, pooled_features
+from maect_fast.models.encoder import TIMM_EPS, Encoder, pooled_features
 from maect_fast.names import printable
 from maect_fast.training.stages import part
 
@@ -101,11 +100,13 @@ def import_file(
     model = Encoder(config.encoder).float()
     taken = load_encoder(model, found)
     decoder = {f"decoder.{name}": value.float() for name, value in found.decoder.items()}
-    said = dataclasses.asdict(found.stated) | {"num_heads": config.encoder.num_heads}
+    own = config.encoder
+    said = dataclasses.asdict(found.stated) | {"num_heads": own.num_heads, "eps": own.norm_eps}
+    sizes = found.sizes() | {"img_size": own.img_size, "norm_eps": own.norm_eps}
     metadata = {
         "format": OWN_FORMAT,
         "version": __version__,
-        "architecture": json.dumps(found.sizes() | {"img_size": config.encoder.img_size}),
+        "architecture": json.dumps(sizes),
         "settings": json.dumps(said),
         "source": f"{found.format.name}{f', encoder {found.name}' if found.name else ''}",
         "source_digest": fingerprint(weights_file(file)),
@@ -217,8 +218,14 @@ def _source(word: str, weights: Weights, overrides: Sequence[str]) -> _Source:
 
 def _write_timm(source: _Source, place: Path) -> list[str]:
     """As `timm.create_model("local-dir:PATH", pretrained=True)` reads it."""
-    vit, arguments = _timm_model(source)
     config = source.config
+    if config.encoder.norm_eps != TIMM_EPS:
+        # timm's config.json names a kind of norm, which has its default eps there.
+        raise ConvertError(
+            f"--to timm: its folders cannot say eps {config.encoder.norm_eps:g} of the norms, timm "
+            f"would take {TIMM_EPS:g}; --to huggingface, onnx and torch-export keep it"
+        )
+    vit, arguments = _timm_model(source)
     place.mkdir()
     images = {
         "mean": list(config.augment.mean),
@@ -248,6 +255,9 @@ def _timm_model(source: _Source) -> tuple[Any, dict[str, Any]]:
     name = ARCHITECTURES.get(encoder.embed_dim, ARCHITECTURES[768])
     vit: Any = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     vit.load_state_dict(export_timm(encoder))
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = encoder.config.norm_eps
     # Of the weights that timm has under this name.
     for key in ("tag", "license"):
         vit.pretrained_cfg.pop(key, None)
@@ -289,7 +299,7 @@ def _write_huggingface(source: _Source, place: Path) -> list[str]:
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": NORM_EPS,
+        "layer_norm_eps": encoder.config.norm_eps,
         "image_size": encoder.img_size,
         "patch_size": encoder.patch_size,
         "num_channels": encoder.in_chans,
@@ -336,7 +346,7 @@ def _write_facebook(source: _Source, place: Path) -> list[str]:
         row = {"pos_embed": F.pad(source.decoder["pos_embed"], (0, 0, 1, 0))}
         state |= _theirs(source.decoder | row, TIMM.decoder, "")
     torch.save({"model": state}, place)
-    return [f"facebook's MAE{' with its decoder' if source.decoder else ''}"]
+    return [f"facebook's MAE{' with its decoder' if source.decoder else ''}", *_untold(source)]
 
 
 def _write_maect(source: _Source, place: Path) -> list[str]:
@@ -353,7 +363,15 @@ def _write_maect(source: _Source, place: Path) -> list[str]:
     torch.save(
         {"state_dict": export_timm(encoder, class_row=False), "ctor_kwargs": settings}, place
     )
-    return ["MAE-CT's encoder"]
+    return ["MAE-CT's encoder", *_untold(source)]
+
+
+def _untold(source: _Source) -> list[str]:
+    """What files of tensors alone cannot say."""
+    eps = source.config.encoder.norm_eps
+    if eps == TIMM_EPS:
+        return []
+    return [f"its norms have eps {eps:g}, which the file cannot say: others take {TIMM_EPS:g}"]
 
 
 def _write_onnx(source: _Source, place: Path, opset: int | None) -> list[str]:

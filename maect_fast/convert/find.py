@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from maect_fast.config import NORM_EPS
 from maect_fast.convert.formats import (
     FOR_TRAINING,
     FORMATS,
@@ -48,7 +49,6 @@ OWN_FORMAT = "maect-fast"
 # What Hugging Face's and timm's folders have beside a config.json.
 FOLDER_FILE = "model.safetensors"
 MAX_CONFIG = 1 << 20
-NORM_EPS = 1e-6
 
 
 class ConvertError(UserError, ValueError):
@@ -100,7 +100,13 @@ class FoundEncoder:
         width = self.anchor.shape[0]
         return self.stated.num_heads or NUM_HEADS.get(width)
 
-    def sizes(self) -> dict[str, int]:
+    @property
+    def norm_eps(self) -> float:
+        """Of the LayerNorms: as stated, or what the library that wrote the file has."""
+        eps = self.stated.eps
+        return LAYOUTS[self.format.layout].norm_eps if eps is None else eps
+
+    def sizes(self) -> dict[str, float]:
         """The settings `encoder.*` that the weights fit, but for what nothing tells.
 
         `img_size` is missing where there is no `pos_embed`, `num_heads` where the width is none of
@@ -115,8 +121,8 @@ class FoundEncoder:
                 f"{self.where}: pos_embed is {list(pos_embed.shape)}, expected 3 dimensions"
             )
         width, in_chans, _, patch_size = self.anchor.shape
-        sizes = {"in_chans": in_chans, "patch_size": patch_size, "embed_dim": width}
-        sizes["depth"] = self.depth
+        sizes: dict[str, float] = {"in_chans": in_chans, "patch_size": patch_size}
+        sizes |= {"embed_dim": width, "depth": self.depth, "norm_eps": self.norm_eps}
         if pos_embed is not None:
             # With or without the class token's row.
             sizes["img_size"] = isqrt(pos_embed.shape[1]) * patch_size
@@ -149,8 +155,8 @@ class FoundEncoder:
             reasons.append(f"{self.weights['cls_token'].shape[1]} class tokens")
         if self.stated.activation not in (None, "gelu"):
             reasons.append(f"the activation {shortened(self.stated.activation)}")
-        if self.stated.eps is not None and self.stated.eps > NORM_EPS:
-            reasons.append(f"norms with eps {self.stated.eps:g} (ours is {NORM_EPS:g})")
+        if self.norm_eps not in NORM_EPS:
+            reasons.append(f"norms with eps {self.norm_eps:g} (ours is in {NORM_EPS.text})")
         return reasons
 
     def instead(self) -> str:
@@ -455,6 +461,7 @@ def _state_own(stated: Stated, config: Mapping[str, Any]) -> None:
     augment, head = config.get("augment"), config.get("head")
     if isinstance(encoder, Mapping):
         stated.num_heads = encoder.get("num_heads") or _timm_heads(str(encoder.get("name")))
+        stated.eps = encoder.get("norm_eps")
     if isinstance(decoder, Mapping):
         stated.decoder_heads = decoder.get("num_heads")
     if isinstance(augment, Mapping):
@@ -503,7 +510,9 @@ def _checked(stated: Stated) -> Stated:
         stated.pooling = None
     if type(stated.activation) is not str:
         stated.activation = None
-    if type(stated.eps) not in (int, float):
+    if type(stated.eps) is int and abs(stated.eps) < 2**53:
+        stated.eps = float(stated.eps)
+    if type(stated.eps) is not float:
         stated.eps = None
     return stated
 

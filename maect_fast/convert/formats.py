@@ -101,6 +101,8 @@ class Layout:
     """What all names that belong to the encoder start with, also those that ours has no use for."""
     block: str
     """Pattern of a block's number."""
+    norm_eps: float = 1e-6
+    """Of its LayerNorms, where nothing beside the tensors says it."""
     obstacle: str = ""
     """What ours cannot have in any encoder of this layout."""
 
@@ -167,6 +169,8 @@ HUGGINGFACE = Layout(
     + _pairs(_huggingface_5("decoder.decoder_layers.#")),
     inner=("embeddings.", "encoder.", "layers.", "layernorm."),
     block=r"^(?:encoder\.layer|layers)\.(\d+)\.",
+    # The default of ViTConfig and ViTMAEConfig.
+    norm_eps=1e-12,
 )
 HUGGINGFACE_DINOV3 = Layout(
     anchor="embeddings.patch_embeddings.weight",
@@ -204,7 +208,7 @@ OPEN_CLIP = Layout(
     names=(("cls_token", ("class_embedding",)), ("pos_embed", ("positional_embedding",))),
     inner=("class_embedding", "positional_embedding", "conv1.", "ln_", "transformer.", "attn_pool"),
     block=r"^transformer\.resblocks\.(\d+)\.",
-    obstacle="CLIP's norms (eps 1e-5)",
+    obstacle="CLIP's projection behind the pooling",
 )
 LAYOUTS = {
     "kappamodules": KAPPAMODULES,

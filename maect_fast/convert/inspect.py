@@ -74,13 +74,16 @@ def lines(told: dict[str, Any]) -> list[str]:
     registers = f", {sizes['registers']} registers" if sizes["registers"] else ""
     encoder = f", encoder {shortened(told['encoder'], 80)}" if told["encoder"] else ""
     others = ", ".join(shortened(other, 80) for other in told["others"])
+    norms = ""
+    if sizes["norm_eps"] is not None:
+        norms = f", norms with eps {sizes['norm_eps']:g}{sizes['norm_eps_from']}"
     found = [
         f"{told['file']}: {told['format']}{encoder}"
         + (f" (the default of several; --encoder takes {others})" if others else ""),
         f"  {model}width {sizes['width']}, "
         f"{sizes['depth']} blocks, {heads}{sizes['heads_from']}, patches of {sizes['patch_size']}, "
-        f"{image}, {token}{registers}, {sizes['parameters'] / 1e6:.1f} M parameters "
-        f"({sizes['dtype']})",
+        f"{image}, {token}{registers}{norms}, "
+        f"{sizes['parameters'] / 1e6:.1f} M parameters ({sizes['dtype']})",
         f"  taken: {_shown(told['taken'].items())}",
     ]
     if told["left_out"]:
@@ -109,6 +112,9 @@ def _architecture(found: FoundEncoder) -> dict[str, Any]:
     pos_embed, cls_token = found.weights.get("pos_embed"), found.weights.get("cls_token")
     rows = 0 if pos_embed is None or pos_embed.ndim < 2 else pos_embed.shape[-2]
     fc1 = within.get("blocks.0.mlp.fc1.weight")
+    stated = found.stated.eps is not None
+    # Of those that ours cannot be, a layout's default says nothing: DINOv2's is another.
+    norm_eps = found.norm_eps if stated or not found.obstacles() else None
     dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in within.values())
     return {
         "width": width,
@@ -120,6 +126,8 @@ def _architecture(found: FoundEncoder) -> dict[str, Any]:
         "img_size": int(rows**0.5) * patch_size or None,
         "class_token": cls_token is not None,
         "registers": sum(registers),
+        "norm_eps": norm_eps,
+        "norm_eps_from": "" if stated or norm_eps is None else " (the default there)",
         "mlp_ratio": None if fc1 is None else fc1.shape[0] / width,
         "parameters": sum(value.numel() for value in within.values()),
         "dtype": " and ".join(dtypes),

@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from maect_fast.convert.find import NORM_EPS, ConvertError, FoundEncoder, find_encoder, summary
-from maect_fast.models.encoder import Encoder
+from maect_fast.convert.find import ConvertError, FoundEncoder, find_encoder, summary
+from maect_fast.models.encoder import TIMM_EPS, Encoder
 from maect_fast.names import listed
 
 __all__ = ["check_fit", "check_possible", "export_timm", "load_encoder"]
@@ -45,10 +45,11 @@ def load_encoder(
             f"{found.name} was taken, not {listed(found.others)} (maect-fast convert import "
             "--encoder takes another)"
         )
-    if found.stated.eps not in (None, NORM_EPS):
+    if found.stated.eps is None and found.norm_eps != TIMM_EPS:
+        own = encoder.config.norm_eps
         lines.append(
-            f"norms have eps {NORM_EPS:g} here, {found.stated.eps:g} there: features differ where "
-            "tokens are near zero"
+            f"norms have eps {own:g} here; nothing says theirs, of which {found.norm_eps:g} is the "
+            "default there (encoder.norm_eps= sets ours)"
         )
     state = dict(found.weights)
     if "pos_embed" in state:
@@ -102,6 +103,11 @@ def check_fit(encoder: Encoder, found: FoundEncoder) -> list[str]:
         raise ConvertError(
             f"{where}: its blocks have {found.stated.num_heads} heads, this encoder's "
             f"{attn.num_heads}; set encoder.num_heads={found.stated.num_heads}"
+        )
+    if found.stated.eps not in (None, encoder.config.norm_eps):
+        raise ConvertError(
+            f"{where}: its norms have eps {found.stated.eps:g}, this encoder's "
+            f"{encoder.config.norm_eps:g}; set encoder.norm_eps={found.stated.eps:g}"
         )
     return missing
 

@@ -17,7 +17,6 @@ from maect_fast.config import DecoderConfig
 from maect_fast.fuse import fuse
 from maect_fast.kernels import restore_tokens
 from maect_fast.models.encoder import (
-    NORM_EPS,
     Encoder,
     Masking,
     init_weights,
@@ -45,7 +44,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.normalize_pixels = config.normalize_pixels
         self.stream = encoder.config.stream
-        dim, norm = config.embed_dim, cast("type[nn.Module]", partial(nn.LayerNorm, eps=NORM_EPS))
+        dim = config.embed_dim
+        norm = cast("type[nn.Module]", partial(nn.LayerNorm, eps=encoder.config.norm_eps))
         if dim % config.num_heads:
             raise ValueError(
                 f"decoder.embed_dim: {dim} is no multiple of num_heads {config.num_heads}"

@@ -41,7 +41,8 @@ __all__ = [
     "start_stream",
 ]
 
-NORM_EPS = 1e-6
+# What timm's plain ViTs have, before `norm_eps` replaces it.
+TIMM_EPS = 1e-6
 # Added to the run's seed, so that masks, neighbour picks and crops are separate streams.
 MASKING_STREAM = 1 << 32
 
@@ -80,6 +81,9 @@ class Encoder(nn.Module):
         self.patch_embed = vit.patch_embed
         self.blocks = fuse(vit.blocks)
         self.norm = vit.norm
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.norm_eps
 
         init_weights(self)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -461,7 +465,7 @@ def _not_plain(vit: VisionTransformer) -> str | None:
     if not isinstance(vit.patch_embed.norm, nn.Identity):
         return "it normalises the patch embedding"
     if not _is_layer_norm(vit.norm):
-        return f"its final norm is not a LayerNorm with eps {NORM_EPS}"
+        return f"its final norm is not a LayerNorm with eps {TIMM_EPS}"
     return next((reason for block in vit.blocks if (reason := _not_plain_block(block))), None)
 
 
@@ -472,7 +476,7 @@ def _not_plain_block(block: nn.Module) -> str | None:
     if not isinstance(block.ls1, nn.Identity):
         return "its blocks have LayerScale"
     if not (_is_layer_norm(block.norm1) and _is_layer_norm(block.norm2)):
-        return f"its norms are not LayerNorms with eps {NORM_EPS}"
+        return f"its norms are not LayerNorms with eps {TIMM_EPS}"
     attn, mlp = block.attn, block.mlp
     if type(attn) is not Attention:
         return f"its attention is {type(attn).__name__}"
@@ -489,4 +493,4 @@ def _not_plain_block(block: nn.Module) -> str | None:
 
 
 def _is_layer_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) and module.eps == NORM_EPS and module.bias is not None
+    return isinstance(module, nn.LayerNorm) and module.eps == TIMM_EPS and module.bias is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from maect_fast.checkpoint import CheckpointError, load_checkpoint
-from maect_fast.config import Config, ConfigError, Stage
+from maect_fast.config import Config, ConfigError, Stage, load_config
 from maect_fast.convert import load_encoder
 from maect_fast.models.maect import (
     ContrastiveModel,
@@ -243,6 +243,7 @@ def start_weights(
         raise CheckpointError(f"{init}: no such run directory or file")
     if init is not None and init.is_dir():
         previous = _previous(init, config)
+        _check_norm_eps(previous, init, config)
         lines.append(f"encoder from {init} ({previous['stage']})")
         load_module(model.encoder, part(previous["model"], "encoder."), "encoder", init)
         if config.stage == "tune" and isinstance(model, ContrastiveModel):
@@ -269,10 +270,11 @@ def start_weights(
             raise CheckpointError(
                 "reconstruction_weight is above 0: give the pretrain run with --decoder RUN"
             )
-        states = load_state(decoder)["model"]
+        states = load_state(decoder)
+        _check_norm_eps(states, decoder, config)
         assert isinstance(model, ContrastiveModel)
         assert model.decoder is not None
-        load_module(model.decoder, part(states, "decoder."), "decoder", decoder)
+        load_module(model.decoder, part(states["model"], "decoder."), "decoder", decoder)
         lines.append(f"decoder from {decoder}")
     if state.encoder_ema is not None:
         state.encoder_ema.load_state_dict(model.encoder.state_dict())
@@ -294,6 +296,17 @@ def _previous(run: Path, config: Config) -> dict[str, Any]:
             f"continue it first: maect-fast {state['stage']} --out {run}"
         )
     return state
+
+
+def _check_norm_eps(state: dict[str, Any], run: Path, config: Config) -> None:
+    """Refuse weights made with other norms, which no shape tells."""
+    with reading("config", run):
+        there = load_config(state["config"]).encoder.norm_eps
+    if there != config.encoder.norm_eps:
+        raise CheckpointError(
+            f"{printable(run)}: encoder.norm_eps is {there:g} there, this configuration has "
+            f"{config.encoder.norm_eps:g}; use the same encoder.* settings"
+        )
 
 
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

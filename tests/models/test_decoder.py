@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def full_loss(prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
 
 
 def test_names_shapes_and_initialisation() -> None:
-    _, decoder = build()
+    encoder, decoder = build()
     state = decoder.state_dict()
     assert {name.split(".")[0] for name in state} == {
         *("embed", "mask_token", "pos_embed", "blocks", "norm", "pred")
@@ -77,7 +78,10 @@ def test_names_shapes_and_initialisation() -> None:
     torch.testing.assert_close(decoder.pos_embed, sincos_pos_embed(DIM, 4).double())
     assert not any(state[f"{name}.bias"].any() for name in ("embed", "pred", "blocks.1.mlp.fc1"))
     block: Any = decoder.blocks[0]
-    assert decoder.norm.eps == block.norm1.eps == 1e-6
+    assert decoder.norm.eps == block.norm1.eps == encoder.config.norm_eps == 1e-6
+    config = dataclasses.replace(encoder.config, norm_eps=1e-12)
+    other: Any = Decoder(DecoderConfig(embed_dim=16, depth=1, num_heads=2), Encoder(config))
+    assert other.norm.eps == other.blocks[0].norm2.eps == 1e-12
     assert block.attn.num_heads == HEADS
     assert all(type(each.attn) is FusedAttention for each in decoder.blocks)
 

@@ -137,7 +137,9 @@ def test_wrong_image_size_is_refused() -> None:
 def test_initialisation() -> None:
     torch.manual_seed(0)
     encoder: Any = Encoder(
-        EncoderConfig(name="vit_tiny_patch16_224", embed_dim=256, depth=2, num_heads=4)
+        EncoderConfig(
+            name="vit_tiny_patch16_224", embed_dim=256, depth=2, num_heads=4, norm_eps=1e-5
+        )
     )
     assert encoder.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
 
@@ -157,7 +159,7 @@ def test_initialisation() -> None:
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             assert not layer.bias.any()
     for norm in (encoder.norm, encoder.blocks[0].norm1, encoder.blocks[1].norm2):
-        assert norm.eps == 1e-6
+        assert norm.eps == 1e-5
         assert norm.weight.eq(1).all()
         assert not norm.bias.any()
 

@@ -21,7 +21,10 @@ from maect_fast.training.update import Update
 
 SHORT = ["epochs=1", "batch_size=16", "threads=1", "log_every=1"]
 # Typed once, for stage 1.
-ENCODER = ["encoder.embed_dim=16", "encoder.depth=3", "encoder.num_heads=2"]
+ENCODER = [
+    *("encoder.embed_dim=16", "encoder.depth=3", "encoder.num_heads=2"),
+    "encoder.norm_eps=1e-12",
+]
 IMAGES = ["data.source=synthetic", "data.num_images=64"]
 # And for stage 2.
 HEAD = [
@@ -58,7 +61,8 @@ def test_a_stage_inherits_what_was_typed_for_those_before(
     assert tune(out, "data.num_images=48") == 0
     line = (
         f"inherited from {runs / 'head'}: data.source=synthetic, augment.rotation=0.1, "
-        "encoder.depth=3, encoder.embed_dim=16, encoder.num_heads=2, head.output_dim=8, "
+        "encoder.depth=3, encoder.embed_dim=16, encoder.num_heads=2, encoder.norm_eps=1e-12, "
+        "head.output_dim=8, "
         "head.predictor_hidden=16, head.projector_hidden=16, head.queue_size=50"
     )
     told = [each for each in capsys.readouterr().err.splitlines() if each.startswith("inherited")]
@@ -96,6 +100,10 @@ def test_a_recipe_of_the_stage_before_is_not_handed_on() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["encoder.norm_eps=1e-6"],
+            "encoder.norm_eps is 1e-12 there, this configuration has 1e-06",
+        ),
         (["encoder.depth=4"], "encoder.blocks.3.norm1.weight is not in"),
         (["--recipe", "b16"], "encoder.cls_token|encoder.pos_embed has shape"),
         (["head.queue_size=60"], "head.loss.queue.queue has shape"),
