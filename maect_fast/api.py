@@ -237,8 +237,11 @@ def _train(
     if stopped_by:
         name = signal.Signals(stopped_by).name
         print(f"stopped by {name} and saved; the same call continues {out}")  # noqa: T201
-        # As if the run had not been in its way.
+        if stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        # As if the run had not been in its way; where the caller ignores it, the run still is none.
         signal.raise_signal(stopped_by)
+        raise SystemExit(128 + stopped_by)
     return Run(Path(out))
 
 

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.py"))
+# It renders images, which tests/evaluation/test_cluster_shapes.py looks at.
+RENDERS = ROOT / "examples" / "shapes.py"
 # Those without a library that takes seconds to import, and without timm's models.
 FAST = {"official_mae_ct.py"}
 # What an example promises is a minute; machines that run tests are slow and busy.
@@ -21,6 +23,7 @@ LIMIT_S = 300
     [
         pytest.param(path, id=path.stem, marks=[] if path.name in FAST else [pytest.mark.slow])
         for path in EXAMPLES
+        if ROOT / path != RENDERS
     ],
 )
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:

@@ -203,10 +203,10 @@ class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
     """Takes what is defined in a notebook or a script along, and shares tensors' memory."""
 
     def __init__(self, file: Any) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        # multiprocessing's own, among them PyTorch's.
+        # multiprocessing's own, among them PyTorch's. The pickler looks once, when it is made.
         shared: Any = ForkingPickler(io.BytesIO()).dispatch_table
         self.dispatch_table: Any = ChainMap(shared, cloudpickle.Pickler.dispatch_table)
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _by_value(dataset: Any) -> bytes:

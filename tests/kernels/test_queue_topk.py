@@ -268,9 +268,13 @@ def test_both_views_in_one_search(search: Search, device: torch.device) -> None:
         single = search(
             views[view], state, k=6, query_id=ids, query_label=labels, pick=Pick(1, 2, view, 9)
         )
-        for together, alone in zip(both, single, strict=True):
+        for name, together, alone in zip(both._fields, both, single, strict=True):
             assert together is not None
-            assert same(together[view], alone)
+            if name == "values" and search.keywords["backend"] == "reference":
+                # What a matrix product's rows are depends on how many it has, and on the threads.
+                torch.testing.assert_close(together[view], alone)
+            else:
+                assert same(together[view], alone)
 
 
 @slow_if_interpreted

@@ -515,12 +515,10 @@ def test_a_signal_ends_a_wait_for_images(
     assert [line["update"] for line in read_metrics(out)] == list(range(1, TOTAL + 1))
 
 
+# A module, which workers import; the main program they do not.
 STUCK = """
-import sys, time
-from pathlib import Path
-from maect_fast.cli import main
+import time
 from maect_fast.data import FolderSource, build_source
-from maect_fast.training import engine
 
 class Stuck(FolderSource):
     def decode(self, index, reduction=None):
@@ -532,12 +530,17 @@ class Stuck(FolderSource):
 def build(*arguments, **settings):
     source = build_source(*arguments, **settings)
     return Stuck(**vars(source))
+"""
+PROGRAM = """
+import sys
+import stuck
+from maect_fast.cli import main
+from maect_fast.training import engine
 
-if __name__ == "__main__":
-    engine.build_source = build
-    code = main(sys.argv[1:])
-    print("left", flush=True)
-    sys.exit(code)
+engine.build_source = stuck.build
+code = main(sys.argv[1:])
+print("left", flush=True)
+sys.exit(code)
 """
 
 
@@ -546,7 +549,8 @@ def test_a_signal_ends_a_wait_for_workers(
 ) -> None:
     """Two workers, one of which waits for a file system that does not answer."""
     program, out = tmp_path / "program.py", tmp_path / "run"
-    program.write_text(STUCK)
+    program.write_text(PROGRAM)
+    (tmp_path / "stuck.py").write_text(STUCK)
     command = ["pretrain", "--recipe", str(recipes["pretrain"]), "--out", str(out)]
     command += ["data.source=folder", f"data.root={images}", "data.workers=2", "batch_size=2"]
     process = subprocess.Popen(
@@ -554,7 +558,7 @@ def test_a_signal_ends_a_wait_for_workers(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "stuck\n"
