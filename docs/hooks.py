@@ -26,7 +26,10 @@ from maect_fast.config import RECIPES, Stage, flat_settings, load_config, load_r
 from maect_fast.settings import Setting, list_settings
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "examples/README.md"]
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *("benchmarks/README.md", "examples/README.md"),
+]
 STAGES: tuple[Stage, ...] = ("pretrain", "prepare-head", "tune")
 SIZES = ("b16", "l16", "h16", "h14")
 PUBLISHED = (*SIZES, *(f"{size}-aug" for size in SIZES))
@@ -37,7 +40,7 @@ PLACE = re.compile(r"<!-- made here: (\w+) -->")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside of docs/, and results with their pictures."""
+    """Add pages that lie outside of docs/, notebooks, and results with their pictures."""
     readmes = (str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*/README.md"))
     for name in [*PAGES, *readmes]:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
@@ -48,8 +51,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         markdown, made = MarkdownExporter().from_filename(str(path))  # type: ignore[no-untyped-call]
         for name, content in made["outputs"].items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
-        name = f"notebooks/{path.name}.md"
-        files.append(File.generated(config, name, content=f"{markdown}\n[{path.name}]({path.name})"))
+        markdown += f"\n[{path.name}]({path.name})"
+        files.append(File.generated(config, f"notebooks/{path.name}.md", content=markdown))
     for folder in sorted((ROOT / RESULTS).iterdir()):
         for path in sorted(folder.glob("*.csv")):
             name = str(path.relative_to(ROOT))

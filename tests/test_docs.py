@@ -73,13 +73,13 @@ def parsers() -> dict[str, ArgumentParser]:
     return cast("dict[str, ArgumentParser]", choices)
 
 
-def with_actions(parser: ArgumentParser) -> Iterator[ArgumentParser]:
+def with_commands(parser: ArgumentParser) -> Iterator[ArgumentParser]:
     """A parser and those of its commands, of theirs too."""
     yield parser
     for action in parser._actions:
         if isinstance(action.choices, dict):
             for below in action.choices.values():
-                yield from with_actions(below)
+                yield from with_commands(below)
 
 
 def test_there_is_documentation() -> None:
@@ -113,7 +113,7 @@ def test_commands_and_settings_exist(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_and_settings_in_the_text_exist(page: Path) -> None:
     text = BLOCK.sub("", page.read_text())
-    known = {option for parser in with_actions(_parser()) for option in parser._option_string_actions}
+    known = {o for p in with_commands(_parser()) for o in p._option_string_actions}
     keys = {setting.key for setting in list_settings()}
     keys |= {key.partition(".")[0] for key in keys}
     wrong = []
