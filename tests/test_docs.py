@@ -85,8 +85,7 @@ def with_commands(parser: ArgumentParser) -> Iterator[ArgumentParser]:
 def test_there_is_documentation() -> None:
     assert len(PAGES) > 10
     assert {"sh", "python"} <= {block.language for block in ALL if not block.not_run}
-    # The demo takes minutes, and stands in the text.
-    assert set(parsers()) <= {words[0] for _, words in COMMANDS} | {"demo"}
+    assert set(parsers()) <= {words[0] for _, words in COMMANDS}
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{p}-{w[0]}" for p, w in COMMANDS])
