@@ -15,6 +15,7 @@ from tempfile import mkdtemp
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 from maect_fast.benchmarks import cli as bench
 from maect_fast.benchmarks.figures import draw
@@ -25,7 +26,10 @@ from maect_fast.config import RECIPES, Stage, flat_settings, load_config, load_r
 from maect_fast.settings import Setting, list_settings
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *("benchmarks/README.md", "examples/README.md"),
+]
 STAGES: tuple[Stage, ...] = ("pretrain", "prepare-head", "tune")
 SIZES = ("b16", "l16", "h16", "h14")
 PUBLISHED = (*SIZES, *(f"{size}-aug" for size in SIZES))
@@ -36,10 +40,19 @@ PLACE = re.compile(r"<!-- made here: (\w+) -->")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside of docs/, and results with their pictures."""
+    """Add pages that lie outside of docs/, notebooks, and results with their pictures."""
     readmes = (str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*/README.md"))
     for name in [*PAGES, *readmes]:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        name = str(path.relative_to(ROOT))
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
+        markdown, made = MarkdownExporter().from_filename(str(path))  # type: ignore[no-untyped-call]
+        for name, content in made["outputs"].items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+        markdown += f"\n[{path.name}]({path.name})"
+        files.append(File.generated(config, f"notebooks/{path.name}.md", content=markdown))
     for folder in sorted((ROOT / RESULTS).iterdir()):
         for path in sorted(folder.glob("*.csv")):
             name = str(path.relative_to(ROOT))
@@ -72,7 +85,7 @@ def _link(link: re.Match[str], source: str, files: Files) -> str:
     folder = PurePosixPath("docs") if (ROOT / "docs" / source).exists() else PurePosixPath()
     found = os.path.normpath(folder / PurePosixPath(source).parent / path)
     found = found.removeprefix("docs/")
-    for name in (found, f"{found}/index.md"):
+    for name in (f"{found}.md", found, f"{found}/index.md"):
         if files.get_file_from_path(name):
             here = PurePosixPath(source).parent
             return f"{mark}[{text}]({os.path.relpath(name, here)}{hash_}{anchor})"

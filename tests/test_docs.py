@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -33,7 +34,7 @@ PATIENCE = 900
 ELSEWHERE = ("--logdir", "--nproc-per-node", "--shm-size", "--no-build-isolation")
 # What stands before "=" in the text without being a setting.
 OTHERS = ("backend", "fullgraph", "key", "shadow", "simd")
-BENCH_COMMANDS = ("check", "trace", "plot", "table", "step", "host")
+BENCH_COMMANDS = ("check", "trace", "plot", "table", "step", "host", "loader")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,19 @@ def parsers() -> dict[str, ArgumentParser]:
     return cast("dict[str, ArgumentParser]", choices)
 
 
+def with_commands(parser: ArgumentParser) -> Iterator[ArgumentParser]:
+    """A parser and those of its commands, of theirs too."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for below in action.choices.values():
+                yield from with_commands(below)
+
+
 def test_there_is_documentation() -> None:
     assert len(PAGES) > 10
     assert {"sh", "python"} <= {block.language for block in ALL if not block.not_run}
-    # The demo takes minutes, and stands in the text.
-    assert set(parsers()) <= {words[0] for _, words in COMMANDS} | {"demo"}
+    assert set(parsers()) <= {words[0] for _, words in COMMANDS}
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{p}-{w[0]}" for p, w in COMMANDS])
@@ -103,7 +112,7 @@ def test_commands_and_settings_exist(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_and_settings_in_the_text_exist(page: Path) -> None:
     text = BLOCK.sub("", page.read_text())
-    known = {o for p in (_parser(), *parsers().values()) for o in p._option_string_actions}
+    known = {o for p in with_commands(_parser()) for o in p._option_string_actions}
     keys = {setting.key for setting in list_settings()}
     keys |= {key.partition(".")[0] for key in keys}
     wrong = []
