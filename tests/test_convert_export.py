@@ -189,6 +189,10 @@ def test_eps_goes_where_it_can_be_said(
         assert torch.equal(features(tmp_path / name, *words, pixels=pixels), expected)
     other = features(tmp_path / "facebook", "encoder.num_heads=4", *words, pixels=pixels)
     assert float((other - expected).abs().max()) > 1e-4
+    # Of one channel, where ImageNet has three.
+    grey = tmp_path / "grey.safetensors"
+    assert convert("import", tmp_path / "facebook", "encoder.num_heads=4", "--out", grey) == 0
+    assert (open_encoder(str(grey), []).config.augment.mean) == [0.449]
 
 
 @pytest.mark.slow
@@ -269,7 +273,7 @@ def test_an_imported_file_says_where_it_is_from(facebook: Path, tmp_path: Path) 
     assert convert("import", facebook, "--out", path) == 0
     with safe_open(path, "pt") as file:
         said = file.metadata()
-    sizes = {"in_chans": 3, "patch_size": 16, "embed_dim": 192, "depth": 2}
+    sizes: dict[str, float] = {"in_chans": 3, "patch_size": 16, "embed_dim": 192, "depth": 2}
     sizes |= {"img_size": 224, "num_heads": 3, "norm_eps": 1e-6}
     assert json.loads(said["architecture"]) == sizes
     assert said["source"] == "facebook MAE, encoder model"

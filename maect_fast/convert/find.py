@@ -134,7 +134,10 @@ class FoundEncoder:
         """A layer of configuration: `sizes`, and what the file says of images and pooling."""
         stated = self.stated
         augment = {"mean": stated.mean, "std": stated.std}
-        layer: dict[str, Any] = {"encoder": self.sizes()}
+        layer: dict[str, Any] = {"encoder": (sizes := self.sizes())}
+        if None in augment.values() and sizes["in_chans"] == 1:
+            # The configuration's own are for three channels: ImageNet's. This is their mean.
+            augment = {"mean": [0.449], "std": [0.226]}
         if None not in augment.values():
             layer["augment"] = augment
         if stated.pooling is not None:

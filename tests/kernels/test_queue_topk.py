@@ -35,7 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 AXES = torch.cat((torch.eye(4), -torch.eye(4)))
 
 
-Search = Callable[..., TopK]
+Search = partial[TopK]
 
 
 def slow(*values: Any) -> Any:
