@@ -9,8 +9,9 @@ NEWEST_TRITON := $(CURDIR)/build/triton-newest
 # Compiled as pip leaves them: half of the command line's start where Python may not write bytecode.
 UV_OPTIONS := --quiet --compile-bytecode --python $(BIN)/python
 CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
-# Tests that share what is made once for them stay together.
-PYTEST := $(BIN)/python -m pytest -x -q --dist loadgroup
+# Tests that share what is made once for them stay together. They run side by side: with threads in
+# each, a report's tests took five times the processor's time, most of it waiting for a core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x -q --dist loadgroup
 # What `make ci` runs and times.
 STAGES := lint type machine-code test
 # PyTorch brings it.
