@@ -1,4 +1,5 @@
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -600,12 +601,11 @@ def test_a_rotary_model_compiles_whole_and_is_exported() -> None:
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_projections_apart_and_grouped_keys(kv_heads: int | None) -> None:
-    options: dict[str, Any] = {
-        "qkv_fused": False,
-        "num_kv_heads": kv_heads,
-        "gated": True,
-        "rotate_half": True,
-    }
+    options: dict[str, Any] = {"qkv_fused": False, "gated": True, "rotate_half": True}
+    if kv_heads is not None:
+        if "num_kv_heads" not in inspect.signature(AttentionRope).parameters:
+            pytest.skip("this release of timm has no grouped keys")
+        options["num_kv_heads"] = kv_heads
     options |= {"norm_layer": nn.LayerNorm, "qk_norm": True, "scale_norm": True}
     attention = scatter(AttentionRope(C, num_heads=H, **options))
     x, rope = torch.randn(B, N, C), torch.randn(N - 1, 2 * C // H)
